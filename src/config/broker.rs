@@ -1,0 +1,117 @@
+//! `[environments.NAME.broker]`
+
+use std::path::PathBuf;
+
+use super::{Secret, Section};
+use crate::units::Span;
+
+#[derive(Clone, Debug)]
+pub enum Broker {
+    /// In the outbox's own store: no other server.
+    Local {
+        retention: Span,
+    },
+    Pulsar(Box<Pulsar>),
+}
+
+#[derive(Clone, Debug)]
+pub struct Pulsar {
+    /// `pulsar://host:6650` or `pulsar+ssl://host:6651`
+    pub service_url: String,
+    /// Admin REST API, `http://host:8080`.
+    pub http_url: String,
+    pub tenant: String,
+    pub namespace: String,
+    pub subscription: String,
+    pub auth: PulsarAuth,
+    /// PEM of a private CA for `pulsar+ssl` and `https`.
+    pub ca_file: Option<PathBuf>,
+    /// Every send, connect and request ends within this; what missed it is dropped and rebuilt.
+    pub operation_timeout: Span,
+    /// Topics, partitions, retention: `topology plan|apply|check`, and what the relay makes for a new tenant.
+    pub topics_file: Option<PathBuf>,
+    /// May the appliance make a missing topic and subscription itself (a new tenant)? Otherwise the outbox waits.
+    pub create_topics: bool,
+    pub receive_queue: u64,
+}
+
+#[derive(Clone, Debug)]
+pub enum PulsarAuth {
+    None,
+    Token(Secret),
+    OAuth2 { issuer_url: String, audience: String, client_id: String, client_secret: Secret, scope: Option<String> },
+}
+
+impl Broker {
+    pub(super) fn check(s: &mut Section<'_>, environment: &str) -> Self {
+        let pulsar = s.choice("kind", false, &[("local", false), ("pulsar", true)]);
+        let retention = s.span("retention", Span::hours(24), Span::secs(1)..=Span::days(30));
+        let service_url = s.parse("service_url", "pulsar://127.0.0.1:6650".to_owned());
+        let http_url = s.parse("http_url", "http://127.0.0.1:8080".to_owned());
+        let tenant = s.parse("tenant", "dealscale".to_owned());
+        let namespace = s.parse("namespace", environment.to_owned());
+        let subscription = s.parse("subscription", "dealscale".to_owned());
+        let token = s.secret("token");
+        let issuer_url = s.parse_opt::<String>("oauth2_issuer_url");
+        let audience = s.parse_opt::<String>("oauth2_audience");
+        let client_id = s.parse_opt::<String>("oauth2_client_id");
+        let client_secret = s.secret("oauth2_client_secret");
+        let scope = s.parse_opt::<String>("oauth2_scope");
+        let ca_file = s.parse_opt::<String>("ca_file").map(PathBuf::from);
+        let operation_timeout = s.span("operation_timeout", Span::secs(5), Span::millis(100)..=Span::secs(60));
+        let topics_file = s.parse_opt::<String>("topics_file").map(PathBuf::from);
+        let create_topics = s.flag("create_topics", true);
+        let receive_queue = s.count("receive_queue", 1_000, 1..=100_000);
+        if !pulsar {
+            return Self::Local { retention };
+        }
+        if !(service_url.starts_with("pulsar://") || service_url.starts_with("pulsar+ssl://")) {
+            s.problem("service_url", "expected pulsar://host:6650 or pulsar+ssl://host:6651");
+        }
+        if !super::n8n::is_http_url(&http_url) {
+            s.problem("http_url", "expected http://host:8080");
+        }
+        let name = |t: &str| {
+            !t.is_empty() && t.len() <= 100 && t.bytes().all(|b| b.is_ascii_alphanumeric() || b"-=:.".contains(&b))
+        };
+        for (key, value) in [("tenant", &tenant), ("namespace", &namespace), ("subscription", &subscription)] {
+            if !name(value) {
+                s.problem(key, "must be 1 to 100 letters, digits, '-', '=', ':' or '.'");
+            }
+        }
+        let auth = match (token, issuer_url) {
+            (Some(_), Some(_)) => {
+                s.problem("token", "set either a token or oauth2_*, not both");
+                PulsarAuth::None
+            }
+            (Some(token), None) => PulsarAuth::Token(token),
+            (None, Some(issuer_url)) => match (client_id, client_secret) {
+                (Some(client_id), Some(client_secret)) => PulsarAuth::OAuth2 {
+                    issuer_url,
+                    audience: audience.unwrap_or_default(),
+                    client_id,
+                    client_secret,
+                    scope,
+                },
+                _ => {
+                    s.problem("oauth2_client_id", "OAuth2 needs oauth2_client_id and oauth2_client_secret (or …_file)");
+                    PulsarAuth::None
+                }
+            },
+            (None, None) => PulsarAuth::None,
+        };
+        Self::Pulsar(Box::new(Pulsar {
+            service_url,
+            http_url,
+            tenant,
+            namespace,
+            subscription,
+            auth,
+            ca_file,
+            operation_timeout,
+            topics_file,
+            create_topics,
+            receive_queue,
+        }))
+    }
+}

@@ -1,0 +1,97 @@
+//! `[environments.NAME]`: everything that one environment owns.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use super::routes::Pattern;
+use super::{Broker, Delivery, N8n, Outbox, Payloads, Route, Section};
+use crate::ids::{Environment, Tenant};
+use crate::units::Bytes;
+
+#[derive(Clone, Debug)]
+pub struct EnvironmentConfig {
+    pub name: Environment,
+    pub dir: PathBuf,
+    pub tenants: Vec<TenantConfig>,
+    pub n8n: N8n,
+    pub outbox: Outbox,
+    pub payloads: Payloads,
+    pub broker: Broker,
+    pub delivery: Delivery,
+    pub routes: Vec<Route>,
+    pub default_route: Route,
+}
+
+/// `[environments.NAME.tenants.PATTERN]`: who may be worked for, and how much of the appliance is theirs.
+#[derive(Clone, Debug)]
+pub struct TenantConfig {
+    pub pattern: Pattern,
+    /// Share of relay and delivery among tenants that wait.
+    pub weight: u64,
+    /// Waiting work in the outbox beyond this is 429.
+    pub outbox_bytes_max: Bytes,
+    /// Publishes per second beyond this (with a burst of the same number) are 429. 0 means no limit.
+    pub publish_rate_max: u64,
+}
+
+impl EnvironmentConfig {
+    pub(super) fn check(name: &str, s: &mut Section<'_>, state_dir: &Path, bare: bool) -> Option<Self> {
+        let dir = PathBuf::from(s.parse("dir", state_dir.join(name).display().to_string()));
+        let mut tenants: Vec<_> = s.named("tenants", |pattern, s| {
+            let config = TenantConfig {
+                pattern: Pattern::new(pattern),
+                weight: s.count("weight", 1, 1..=1_000),
+                outbox_bytes_max: s.bytes("outbox_bytes_max", Bytes::gib(4), Bytes::kib(1)..=Bytes::gib(4096)),
+                publish_rate_max: s.count("publish_rate_max", 0, 0..=10_000_000),
+            };
+            // A pattern is a tenant's name with stars in it.
+            if pattern != "*" && Tenant::try_new(&pattern.replace('*', "x")).is_err() {
+                s.problem("", "a tenant (or pattern) must match [a-z0-9][a-z0-9-]{0,62}, `*` for any run");
+            }
+            config
+        });
+        if tenants.is_empty() && (bare || !s.has("tenants")) {
+            // Only without a configuration file is any tenant welcome; with one, `default` is the one declared tenant.
+            let pattern = Pattern::new(if bare { "*" } else { "default" });
+            tenants.push(TenantConfig { pattern, weight: 1, outbox_bytes_max: Bytes::gib(4), publish_rate_max: 0 });
+        }
+        let webhook = s.parse("webhook", Route::DEFAULT_WEBHOOK.to_owned());
+        let routes = s.tables("routes", |_, s| Route::check(s, None, &webhook));
+        for (n, route) in routes.iter().enumerate() {
+            if routes[..n].iter().any(|r| r.name == route.name) {
+                s.problem(&format!("routes[{n}].name"), "is used twice");
+            }
+        }
+        let default_route = s.section("default_route", |s| Route::check(s, Some(Route::DEFAULT), &webhook));
+        let n8n = s.section("n8n", N8n::check);
+        let outbox = s.section("outbox", |s| Outbox::check(s, &dir));
+        let payloads = s.section("payloads", |s| Payloads::check(s, name, &dir));
+        let broker = s.section("broker", |s| Broker::check(s, name));
+        let delivery = s.section("delivery", Delivery::check);
+        let name = Environment::from_str(name).ok()?;
+        if matches!(broker, Broker::Local { .. })
+            && let Some(route) = routes.iter().find(|r| r.consumer == super::routes::ConsumerKind::External)
+        {
+            let at = format!("routes.{}.consumer", route.name);
+            s.problem(
+                &at,
+                "an external consumer takes references from Pulsar: set [environments.NAME.broker] kind = \"pulsar\"",
+            );
+        }
+        Some(Self { name, dir, tenants, n8n, outbox, payloads, broker, delivery, routes, default_route })
+    }
+
+    /// The settings of a declared tenant: an exact name wins over a pattern, a longer pattern over a shorter one.
+    pub fn tenant(&self, tenant: &Tenant) -> Option<&TenantConfig> {
+        self.tenants
+            .iter()
+            .filter(|t| t.pattern.matches(tenant.as_str()))
+            .max_by_key(|t| (t.pattern.as_str() == tenant.as_str(), t.pattern.as_str().len()))
+    }
+
+    /// A route by the name that an envelope carries. A route that was removed from the configuration falls back to the
+    /// default route, so that accepted work still arrives.
+    pub fn route(&self, name: &str) -> &Route {
+        self.routes.iter().find(|r| r.name == name).unwrap_or(&self.default_route)
+    }
+}

@@ -1,0 +1,260 @@
+//! Names and identities. Each is checked once, where it enters; afterwards its type is the proof.
+//!
+//! Layer 0: knows nobody.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// Why a name was refused. Says the rule, not the value.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} must match {rule}")]
+pub struct Invalid {
+    pub what: &'static str,
+    pub rule: &'static str,
+}
+
+macro_rules! name {
+    ($(#[$doc:meta])* $type:ident, $what:literal, $rule:literal, $valid:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $type(Arc<str>);
+
+        impl $type {
+            /// Checks `text` against the rule of this name.
+            pub fn try_new(text: &str) -> Result<Self, Invalid> {
+                let valid: fn(&str) -> bool = $valid;
+                if valid(text) { Ok(Self(text.into())) } else { Err(Invalid { what: $what, rule: $rule }) }
+            }
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+        impl fmt::Debug for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Debug::fmt(&*self.0, f)
+            }
+        }
+        impl FromStr for $type {
+            type Err = Invalid;
+            fn from_str(text: &str) -> Result<Self, Invalid> {
+                Self::try_new(text)
+            }
+        }
+        impl Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+                s.serialize_str(&self.0)
+            }
+        }
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+                let text = std::borrow::Cow::<str>::deserialize(d)?;
+                Self::try_new(&text).map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
+/// `first` then up to `max - 1` bytes of `rest`.
+fn shaped(text: &str, max: usize, first: fn(u8) -> bool, rest: fn(u8) -> bool) -> bool {
+    let bytes = text.as_bytes();
+    bytes.len() <= max && bytes.first().is_some_and(|b| first(*b)) && bytes[1..].iter().all(|b| rest(*b))
+}
+
+fn lower_or_digit(b: u8) -> bool {
+    b.is_ascii_lowercase() || b.is_ascii_digit()
+}
+
+name! {
+    /// One isolated set of outbox, store, broker namespace and n8n (`production`, `staging`). Decided by the caller's
+    /// account or listener, never by a request's body.
+    Environment, "an environment", "[a-z][a-z0-9]{0,19}",
+    |text| shaped(text, 20, |b| b.is_ascii_lowercase(), lower_or_digit)
+}
+
+name! {
+    /// Whose work it is. Part of topic names, hence the narrow alphabet.
+    Tenant, "a tenant", "[a-z0-9][a-z0-9-]{0,62}",
+    |text| shaped(text, 63, lower_or_digit, |b| lower_or_digit(b) || b == b'-')
+}
+
+name! {
+    /// A topic's own name, without Pulsar's tenant and namespace: `dealscale.workflow.long`, `dealscale.workflow.long.acme`.
+    Topic, "a topic", "[a-z0-9][a-z0-9._-]{0,199}",
+    |text| shaped(text, 200, lower_or_digit, |b| lower_or_digit(b) || matches!(b, b'.' | b'-' | b'_'))
+}
+
+name! {
+    /// The workflow that an event is for, as routes name it. Any printable text without control characters.
+    Workflow, "a workflow", "1 to 200 characters without control characters",
+    |text| !text.is_empty() && text.len() <= 800 && text.chars().count() <= 200 && !text.chars().any(char::is_control)
+}
+
+name! {
+    /// Events with the same key, accepted by one appliance, are delivered one after the other.
+    OrderingKey, "an ordering key", "1 to 200 characters without control characters",
+    |text| !text.is_empty() && text.len() <= 800 && text.chars().count() <= 200 && !text.chars().any(char::is_control)
+}
+
+impl Topic {
+    /// Where events of this topic end that cannot be delivered: `dealscale.deadletter.workflow.long` for
+    /// `dealscale.workflow.long`, `dealscale.deadletter.NAME` for a name that does not start with `dealscale.`.
+    pub fn dead_letter(&self) -> Topic {
+        let rest = self.0.strip_prefix("dealscale.").unwrap_or(&self.0);
+        Topic(format!("dealscale.deadletter.{rest}").into())
+    }
+}
+
+/// The id of one event, a UUID: version 7 when we make it, any version when the caller does, version 5 when it is
+/// derived from an `Idempotency-Key`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ExecutionId(pub Uuid);
+
+impl ExecutionId {
+    /// A new id; later ones sort behind earlier ones.
+    pub fn new() -> Self {
+        Self(Uuid::now_v7())
+    }
+
+    /// The id that every appliance derives from the same idempotency key of the same environment and tenant
+    /// (UUID version 5, RFC 9562 section 5.5; the name space is our own constant).
+    pub fn from_idempotency_key(environment: &Environment, tenant: &Tenant, key: &str) -> Self {
+        const SPACE: Uuid = Uuid::from_u128(0x6f1d_2c1e_0d5b_4a55_9d5c_0b1f_5ea1_cafe);
+        // None of the first two can contain a newline, so the parts cannot run into each other.
+        Self(Uuid::new_v5(&SPACE, format!("{environment}\n{tenant}\n{key}").as_bytes()))
+    }
+}
+
+impl Default for ExecutionId {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+impl fmt::Display for ExecutionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+impl fmt::Debug for ExecutionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+impl FromStr for ExecutionId {
+    type Err = Invalid;
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        Uuid::parse_str(text).map(Self).map_err(|_| Invalid { what: "an execution_id", rule: "a UUID" })
+    }
+}
+
+/// The identity of an event inside one environment. Two tenants with one id are two events.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct Key {
+    pub tenant: Tenant,
+    pub execution_id: ExecutionId,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.tenant, self.execution_id)
+    }
+}
+
+/// SHA-256 of an event's body.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BodyHash(pub [u8; 32]);
+
+impl BodyHash {
+    pub fn of(body: &[u8]) -> Self {
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, body);
+        Self(digest.as_ref().try_into().expect("SHA-256 has 32 bytes"))
+    }
+}
+impl fmt::Display for BodyHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+impl fmt::Debug for BodyHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+impl FromStr for BodyHash {
+    type Err = Invalid;
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        const BAD: Invalid = Invalid { what: "a body hash", rule: "64 hexadecimal digits" };
+        if text.len() != 64 || !text.is_ascii() {
+            return Err(BAD);
+        }
+        let mut hash = [0; 32];
+        for (byte, pair) in hash.iter_mut().zip(text.as_bytes().chunks(2)) {
+            let pair = std::str::from_utf8(pair).map_err(|_| BAD)?;
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| BAD)?;
+        }
+        Ok(Self(hash))
+    }
+}
+impl Serialize for BodyHash {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+impl<'de> Deserialize<'de> for BodyHash {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<str>::deserialize(d)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_keep_to_their_rules() {
+        for good in ["acme", "a", "0-9", &"a".repeat(63)] {
+            assert!(Tenant::try_new(good).is_ok(), "{good}");
+        }
+        for bad in ["", "-a", "Acme", "a_b", "a.b", "a/b", "ä", &"a".repeat(64)] {
+            assert!(Tenant::try_new(bad).is_err(), "{bad}");
+        }
+        assert!(Environment::try_new("production").is_ok());
+        assert!(Environment::try_new("1st").is_err());
+        assert!(Environment::try_new(&"a".repeat(21)).is_err());
+    }
+
+    #[test]
+    fn dead_letters_have_a_topic_of_their_own() {
+        let topic = |t: &str| Topic::try_new(t).unwrap();
+        assert_eq!(topic("dealscale.workflow.long").dead_letter(), topic("dealscale.deadletter.workflow.long"));
+        assert_eq!(topic("jobs").dead_letter(), topic("dealscale.deadletter.jobs"));
+    }
+
+    #[test]
+    fn an_idempotency_key_gives_one_id_per_tenant_and_environment() {
+        let (p, s) = (Environment::try_new("production").unwrap(), Environment::try_new("staging").unwrap());
+        let (a, b) = (Tenant::try_new("a").unwrap(), Tenant::try_new("b").unwrap());
+        let id = ExecutionId::from_idempotency_key(&p, &a, "k");
+        assert_eq!(id, ExecutionId::from_idempotency_key(&p, &a, "k"));
+        assert_ne!(id, ExecutionId::from_idempotency_key(&p, &b, "k"));
+        assert_ne!(id, ExecutionId::from_idempotency_key(&s, &a, "k"));
+    }
+
+    #[test]
+    fn a_body_hash_reads_what_it_prints() {
+        let hash = BodyHash::of(b"x");
+        assert_eq!(hash.to_string().parse(), Ok(hash));
+        assert!("zz".parse::<BodyHash>().is_err());
+    }
+}

@@ -1,0 +1,37 @@
+//! `dealscale`: a single-node appliance that makes a self-hosted n8n production-grade. This file is the map.
+//!
+//! ```text
+//! caller ─▶ bridge ─▶ outbox ─▶ relay ─▶ payloads, broker ─▶ delivery ─▶ n8n
+//!              │      (202)                   │                 │
+//!              └────── ledger (in payloads) ◀─┴─────────────────┘
+//! ```
+//!
+//! Layers; imports point downwards only:
+//!
+//! ```text
+//! 6  main cli app                      app.rs alone wires parts together
+//! 5  bridge relay delivery             what the appliance does
+//! 4  routing outbox broker payloads n8n   one outside system each
+//! 3  supervise                         tasks, readiness, drain
+//! 2  observe                           events = log + metric, traces, health
+//! 1  config                            one file per part, checked newtypes
+//! 0  units ids clock event             words
+//! ```
+
+// 0
+pub mod clock;
+pub mod event;
+pub mod ids;
+pub mod units;
+// 1
+pub mod config;
+// 2
+pub mod observe;
+// 3
+pub mod supervise;
+// 4
+pub mod broker;
+pub mod n8n;
+pub mod outbox;
+pub mod payloads;
+pub mod routing;
