@@ -6,6 +6,10 @@
 //!
 //! Metric names follow Prometheus: `dealscale_<part>_<what>_<unit>` with `_total`, `_seconds`, `_bytes`.
 
+pub mod health;
+pub mod logs;
+pub mod trace;
+
 use std::sync::LazyLock;
 
 use prometheus::{
