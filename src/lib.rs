@@ -35,3 +35,5 @@ pub mod n8n;
 pub mod outbox;
 pub mod payloads;
 pub mod routing;
+// 5
+pub mod admin;
