@@ -37,3 +37,5 @@ pub mod payloads;
 pub mod routing;
 // 5
 pub mod admin;
+// 6
+pub mod cli;
