@@ -113,7 +113,7 @@ pub(super) struct Columns {
 
 /// The columns above, in their order. `e` is `events`, `c` is `contents`.
 pub(super) const COLUMNS: &str = "e.seq, e.id, e.tenant, e.body_hash, e.body_bytes, e.relayed_at, e.updated_at, \
-    e.finished_at, e.state, e.next_at, e.attempts, e.crashes, e.replays, e.token, e.claim_until, \
+    e.finished_at, e.state, e.next_at, e.attempts, e.crashes, e.replays, e.token, e.claim_owner, e.claim_until, \
     e.error_class, e.error, e.n8n_execution_id, e.message_id, e.current, e.history, e.accepted_at, c.envelope";
 
 /// How many columns that is: what a query adds comes behind.

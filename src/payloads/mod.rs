@@ -46,7 +46,7 @@ use serde::{Deserialize, Serialize};
 
 use self::codec::{Codec, Columns, Unreadable};
 use self::query::Dialect;
-use self::rows::{Answer, Ask, NewRow, Step};
+use self::rows::{Answer, Ask, NewRow, RawBody, Step};
 use self::sqlite::{RejectedRow, Sqlite, Stored};
 use crate::clock::{Clock, Timestamp};
 use crate::config;
@@ -499,7 +499,7 @@ impl Store {
         key: &Key,
         columns: Columns,
         begun: bool,
-        body: Option<(Vec<u8>, i16)>,
+        body: Option<RawBody>,
         with_body: bool,
     ) -> Result<Option<Taken>, Error> {
         let codec = &self.shared.codec;

@@ -237,7 +237,7 @@ pub(super) enum Answer {
         columns: Box<Columns>,
         begun: bool,
         /// Body and whether it is sealed.
-        body: Option<(Vec<u8>, i16)>,
+        body: Option<RawBody>,
     },
     Other(Claimed),
 }
@@ -262,3 +262,6 @@ pub(super) const REJECTED_MAX: u64 = 100_000;
 
 /// Of a rejected message's raw reference. Ours are below 2 KiB.
 pub(super) const REJECTED_BYTES_MAX: usize = 64 << 10;
+
+/// A body as it lies in the store, and whether it is sealed.
+pub(super) type RawBody = (Vec<u8>, i16);

@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 use super::codec::{self, COLUMNS, COLUMNS_COUNT, Columns, frame};
 use super::query::{Query, Value};
-use super::rows::{self, Answer, Ask, NewRow, Op, REJECTED_MAX, Step, TIMER_AGAIN_MS};
+use super::rows::{self, Answer, Ask, NewRow, Op, REJECTED_MAX, RawBody, Step, TIMER_AGAIN_MS};
 use super::{Admitted, Claimed, Collected, Error, Shared};
 use crate::event::State;
 use crate::ids::Key;
@@ -788,7 +788,7 @@ fn one(db: &Connection, key: &Key) -> rusqlite::Result<Option<Columns>> {
     .optional()
 }
 
-fn bodies(db: &Connection, wanted: &[Option<i64>]) -> Result<Vec<Option<(Vec<u8>, i16)>>, Fault> {
+fn bodies(db: &Connection, wanted: &[Option<i64>]) -> Result<Vec<Option<RawBody>>, Fault> {
     let mut statement = db.prepare_cached("SELECT body, sealed FROM contents WHERE seq = ?1")?;
     let mut found = Vec::with_capacity(wanted.len());
     for seq in wanted {
