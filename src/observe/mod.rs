@@ -8,6 +8,7 @@
 
 pub mod health;
 pub mod logs;
+pub mod payloads;
 pub mod trace;
 
 use std::sync::LazyLock;
