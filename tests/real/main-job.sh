@@ -254,7 +254,7 @@ Everything runs. Try next (Ctrl-C stops it all):
   the bridge:      curl 'http://127.0.0.1:$BRIDGE_PORT/executions?tenant=default'
   its state:       curl http://127.0.0.1:$ADMIN_PORT/readyz    (and /metrics)
                    $BIN status --state-dir $STATE
-  promise 1:       stop n8n ($([ "$MODE" = own ] && printf 'N8N_STATE=%s tests/real/servers/n8n.sh stop' "$N8N_STATE" || printf 'yours')),
+  promise 1:       stop n8n ($([ "$MODE" = own ] && printf 'N8N_PORT=%s N8N_STATE=%s tests/real/servers/n8n.sh stop' "$N8N_PORT" "$N8N_STATE" || printf 'yours')),
                    publish with curl, start n8n again: the event arrives
   how to use it:   docs/workflow-authors.md
 

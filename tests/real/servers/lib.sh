@@ -28,7 +28,7 @@ with_progress() {
   mkdir -p "$(dirname "$log")"
   "$@" >"$log" 2>&1 </dev/null & pid=$!
   # A background process of a script does not see Ctrl-C by itself.
-  trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
+  trap 'kill "$pid" 2>/dev/null; sleep 3; kill -s KILL "$pid" 2>/dev/null; exit 130' INT TERM
   local shown=0
   while kill -0 "$pid" 2>/dev/null; do
     sleep 0.5
