@@ -34,4 +34,8 @@ pub mod broker;
 pub mod n8n;
 pub mod outbox;
 pub mod payloads;
+pub mod references;
 pub mod routing;
+// 5
+pub mod delivery;
+pub mod relay;

@@ -6,6 +6,10 @@
 //!
 //! Metric names follow Prometheus: `dealscale_<part>_<what>_<unit>` with `_total`, `_seconds`, `_bytes`.
 
+pub mod delivery;
+pub mod n8n;
+pub mod relay;
+
 use std::sync::LazyLock;
 
 use prometheus::{
