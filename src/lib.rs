@@ -37,5 +37,8 @@ pub mod payloads;
 pub mod references;
 pub mod routing;
 // 5
+pub mod admin;
 pub mod delivery;
 pub mod relay;
+// 6
+pub mod cli;

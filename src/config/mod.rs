@@ -23,6 +23,8 @@ pub mod plan;
 pub mod reader;
 pub mod routes;
 pub mod signing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
