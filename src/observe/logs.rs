@@ -60,7 +60,8 @@ pub fn init(config: &Log) -> Result<Logs, String> {
                 .build(dir)
                 .map_err(|e| format!("cannot write log files in {}: {e}", dir.display()))?;
             let (writer, guard) = tracing_appender::non_blocking(appender);
-            let layer = tracing_subscriber::fmt::layer().json().flatten_event(true).with_ansi(false).with_writer(writer);
+            let layer =
+                tracing_subscriber::fmt::layer().json().flatten_event(true).with_ansi(false).with_writer(writer);
             (Some(layer), Some(guard))
         }
     };
@@ -87,13 +88,17 @@ impl<S: Subscriber> Layer<S> for Journal {
         };
         let mut fields = Fields { message: String::new(), fields: Vec::new() };
         event.record(&mut fields);
-        let mut lines =
-            vec![format!("PRIORITY={priority}"), "SYSLOG_IDENTIFIER=dealscale".into(), format!("TARGET={}", meta.target())];
+        let mut lines = vec![
+            format!("PRIORITY={priority}"),
+            "SYSLOG_IDENTIFIER=dealscale".into(),
+            format!("TARGET={}", meta.target()),
+        ];
         // The message carries the fields as well: `journalctl` shows only it.
         let mut message = fields.message;
         for (name, value) in &fields.fields {
             message.push_str(&format!(" {name}={value}"));
-            let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' }).collect();
+            let name: String =
+                name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' }).collect();
             lines.push(format!("DEALSCALE_{name}={value}"));
         }
         lines.push(format!("MESSAGE={message}"));
