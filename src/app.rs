@@ -373,8 +373,11 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
         match inside {
             Some(inside) => ["dir", "n8n.", "outbox.", "payloads.", "broker."].iter().any(|p| inside.starts_with(p)),
             None => {
-                ["state_dir", "admin.", "trace.", "signing.", "log.dir", "log.format", "log.files_max"].iter().any(|p| key.starts_with(p))
-                    || ["bridge.listen", "bridge.connections_max", "bridge.header_bytes_max", "bridge.header_timeout"].contains(&key)
+                ["state_dir", "admin.", "trace.", "signing.", "log.dir", "log.format", "log.files_max"]
+                    .iter()
+                    .any(|p| key.starts_with(p))
+                    || ["bridge.listen", "bridge.connections_max", "bridge.header_bytes_max", "bridge.header_timeout"]
+                        .contains(&key)
             }
         }
     };
@@ -403,9 +406,11 @@ impl Room {
             _ if full => part("outbox", Level::Down, format!("full: {held}")),
             (Some(loss), _) => part("outbox", Level::Degraded, format!("data_loss_possible: {loss}")),
             (None, Some(error)) => part("outbox", Level::Degraded, format!("{held}; last error: {error}")),
-            (None, None) if outbox.poisoned > 0 => {
-                part("outbox", Level::Degraded, format!("{held}; {} poisoned: `dealscale outbox ls --poisoned`", outbox.poisoned))
-            }
+            (None, None) if outbox.poisoned > 0 => part(
+                "outbox",
+                Level::Degraded,
+                format!("{held}; {} poisoned: `dealscale outbox ls --poisoned`", outbox.poisoned),
+            ),
             (None, None) => part("outbox", Level::Ok, held),
         };
         let store = self.store.status().await;
@@ -419,7 +424,11 @@ impl Room {
         let broker = if broker.connected {
             part("broker", Level::Ok, broker.kind.to_owned())
         } else {
-            part("broker", Level::Degraded, format!("{} is away: {}", broker.kind, broker.last_error.unwrap_or_default()))
+            part(
+                "broker",
+                Level::Degraded,
+                format!("{} is away: {}", broker.kind, broker.last_error.unwrap_or_default()),
+            )
         };
         let relay = self.relay.status();
         let relay = if relay.failing {
@@ -434,9 +443,7 @@ impl Room {
 /// Makes a state folder that only we can read.
 fn make_dir(dir: &std::path::Path) -> Result<(), String> {
     use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o750)
-        .create(dir)
-        .map_err(|e| format!("cannot make the folder {}: {e}; make it, or choose another with --state-dir", dir.display()))
+    std::fs::DirBuilder::new().recursive(true).mode(0o750).create(dir).map_err(|e| {
+        format!("cannot make the folder {}: {e}; make it, or choose another with --state-dir", dir.display())
+    })
 }
