@@ -25,6 +25,7 @@ pub mod ids;
 pub mod units;
 // 1
 pub mod config;
+pub mod seal;
 // 2
 pub mod observe;
 // 3

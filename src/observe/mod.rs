@@ -10,6 +10,7 @@ pub mod delivery;
 pub mod health;
 pub mod logs;
 pub mod n8n;
+pub mod payloads;
 pub mod relay;
 pub mod trace;
 
