@@ -228,10 +228,12 @@ async fn finish(ctx: &Ctx, followed: Followed, end: End) {
     let _ = ctx.to_worker.send(input).await;
 }
 
-/// The process ends: the claims go, so that the next one takes the events up at once and follows on.
+/// The process ends: the claims end now, so that the next one takes the events up at once and follows on. (`Release` would
+/// take the attempt back, which was made.)
 async fn give_back(ctx: &Ctx, following: Vec<Followed>) {
+    let until = ctx.clock.now();
     let releases = following.into_iter().map(|followed| async move {
-        ctx.settle(&followed.key, followed.token, Change::Release).await;
+        ctx.settle(&followed.key, followed.token, Change::Renew { until }).await;
         ctx.active().remove(&followed.key);
         if let Some((_, message)) = followed.message {
             ctx.broker.release(message, Duration::ZERO).await;

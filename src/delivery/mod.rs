@@ -117,7 +117,7 @@ impl Delivery {
             let (store, clock, owner) = (store.clone(), clock.clone(), owner.clone());
             batch::Batch::start("delivery.claims", supervisor, gone("claim events"), move |takes| {
                 let (store, until, owner) = (store.clone(), clock.now().plus(claim), owner.clone());
-                async move { store.take(&owner, takes, until, true).await }
+                async move { store.claim_and_begin(&owner, takes, until).await }
             })
         };
         let transitions = {

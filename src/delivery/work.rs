@@ -416,10 +416,20 @@ enum Earlier {
 
 /// Whether the attempt before this one is running, or ran, in n8n although nobody knows its answer.
 async fn earlier_run(ctx: &Ctx, granted: &Granted, begun: bool) -> Earlier {
-    let history = &granted.row.history;
-    let earlier = if begun { history.iter().rev().nth(1) } else { history.last() };
-    // After a replay the former round of attempts counts no more.
-    let Some(earlier) = earlier.filter(|_| granted.row.attempts > u32::from(begun)) else { return Earlier::None };
+    let row = &granted.row;
+    // A granted row brings the attempt that is open: ours when it was begun, or what an earlier owner left.
+    let earlier = if !begun {
+        row.history.last().cloned()
+    } else if row.attempts > 1 && ctx.n8n.can_follow() && row.error_class.as_deref().is_some_and(verdict::is_ambiguous)
+    {
+        match ctx.store.get(&row.envelope.key(), true).await {
+            Ok(row) => row.and_then(|row| row.history.into_iter().rev().nth(1)),
+            Err(error) => return Earlier::AskAgain(error.to_string()),
+        }
+    } else {
+        None
+    };
+    let Some(earlier) = earlier else { return Earlier::None };
     let answered = earlier.error_class.is_none() && earlier.duration_ms.is_some();
     let run = |id: Option<String>| Earlier::Run {
         id,
