@@ -73,7 +73,6 @@ struct Room {
     broker: Broker,
     relay: Relay,
     delivery: Delivery,
-    n8n_url: String,
 }
 
 impl App {
@@ -93,12 +92,9 @@ impl App {
             back.spawn("trace.export", exporter);
         }
         let keys = Arc::new(KeyRing::open(&config.signing)?);
-        // Two appliances of one fleet must not be taken for one: random, per process.
-        let owner = uuid::Uuid::now_v7().to_string();
-
         let (mut rooms, mut bridge_parts) = (BTreeMap::new(), BTreeMap::new());
         for environment in config.environments.values() {
-            let (room, parts) = open_room(environment, &keys, &owner, &clock, &work, &back).await?;
+            let (room, parts) = open_room(environment, &keys, &clock, &work, &back).await?;
             rooms.insert(environment.name.clone(), room);
             bridge_parts.insert(environment.name.clone(), parts);
         }
@@ -196,7 +192,6 @@ impl App {
 async fn open_room(
     config: &EnvironmentConfig,
     keys: &Arc<KeyRing>,
-    owner: &str,
     clock: &Clock,
     work: &Supervisor,
     back: &Supervisor,
@@ -231,6 +226,7 @@ async fn open_room(
         let finals = finals.clone();
         Arc::new(move |key: &crate::ids::Key, state| finals.notify(key, state))
     };
+    let alarm = delivery::Alarm::default();
     let delivery = Delivery::start(
         delivery::Parts {
             config: shared.clone(),
@@ -238,11 +234,12 @@ async fn open_room(
             broker: broker.clone(),
             n8n: n8n.clone(),
             clock: clock.clone(),
-            owner: owner.to_owned(),
             on_final: on_final.clone(),
+            alarm: alarm.clone(),
         },
         work,
     );
+    let delivery = delivery.map_err(|e| at("delivery", e))?;
     let relay = Relay::start(
         relay::Parts {
             config: shared,
@@ -255,10 +252,7 @@ async fn open_room(
                 let receipts = receipts.clone();
                 Arc::new(move |key, message_id| receipts.notify(key, message_id))
             },
-            on_delayed: {
-                let delivery = delivery.clone();
-                Arc::new(move |at| delivery.wake_at(at))
-            },
+            on_delayed: Arc::new(move |at| alarm.at(at)),
         },
         back,
     );
@@ -271,7 +265,6 @@ async fn open_room(
         finals,
         receipts,
     };
-    let room = Room { outbox, store, broker, relay, delivery, n8n_url: config.n8n.url.clone() };
     Ok((room, parts))
 }
 
@@ -354,11 +347,6 @@ impl Inner {
         let old = self.config();
         self.bridge.reload(&new).map_err(|e| vec![e])?;
         self.logs.refilter(&new.log);
-        for (name, environment) in &new.environments {
-            if let Some(room) = self.rooms.get(name) {
-                room.delivery.reload(Arc::new(environment.clone()));
-            }
-        }
         let needs_restart = needs_restart(&old, &new);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = new;
         tracing::info!(needs_restart = needs_restart.join(", "), "the configuration was read again");
@@ -436,7 +424,20 @@ impl Room {
         } else {
             part("relay", Level::Ok, format!("{} relayed", relay.relayed_total))
         };
-        vec![outbox, store, broker, relay, self.delivery.part(&format!("{name}/delivery"), &self.n8n_url)]
+        let delivery = self.delivery.status();
+        let delivery = if !delivery.breakers_open.is_empty() {
+            let text = format!("not called at present: {}; events wait", delivery.breakers_open.join(", "));
+            part("delivery", Level::Degraded, text)
+        } else if delivery.keys_held > 0 {
+            let text =
+                format!("{} ordering keys wait for a dead letter: `dealscale dead-letters ls`", delivery.keys_held);
+            part("delivery", Level::Degraded, text)
+        } else if let Some(error) = delivery.last_error.filter(|_| delivery.paused) {
+            part("delivery", Level::Degraded, error)
+        } else {
+            part("delivery", Level::Ok, format!("{} under way, {} followed", delivery.working, delivery.following))
+        };
+        vec![outbox, store, broker, relay, delivery]
     }
 }
 
