@@ -11,7 +11,7 @@
 //! ```text
 //! 6  main cli app                      app.rs alone wires parts together
 //! 5  bridge relay delivery             what the appliance does
-//! 4  routing outbox broker payloads n8n   one outside system each
+//! 4  routing outbox broker payloads postgres n8n   one outside system each
 //! 3  supervise                         tasks, readiness, drain
 //! 2  observe                           events = log + metric, traces, health
 //! 1  config                            one file per part, checked newtypes
@@ -35,4 +35,5 @@ pub mod broker;
 pub mod n8n;
 pub mod outbox;
 pub mod payloads;
+pub mod postgres;
 pub mod routing;
