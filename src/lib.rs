@@ -36,4 +36,11 @@ pub mod n8n;
 pub mod outbox;
 pub mod payloads;
 pub mod postgres;
+pub mod references;
 pub mod routing;
+// 5
+pub mod admin;
+pub mod delivery;
+pub mod relay;
+// 6
+pub mod cli;

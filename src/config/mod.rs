@@ -23,6 +23,9 @@ pub mod plan;
 pub mod reader;
 pub mod routes;
 pub mod signing;
+#[cfg(test)]
+mod tests;
+pub mod topics;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

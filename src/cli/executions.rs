@@ -1,0 +1,135 @@
+//! `dealscale executions`: what became of events.
+
+use clap::Subcommand;
+use serde_json::Value;
+
+use super::client::{Client, query};
+use super::output::cell;
+use super::{Global, Outcome, output};
+use crate::event::State;
+use crate::ids::{ExecutionId, Tenant};
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// List events, newest first
+    Ls {
+        #[arg(long)]
+        tenant: Option<Tenant>,
+        /// accepted, relayed, delivering, delivered, succeeded, failed, unknown, dead or cancelled
+        #[arg(long)]
+        state: Option<State>,
+        /// RFC 3339 time
+        #[arg(long)]
+        since: Option<crate::clock::Timestamp>,
+        #[arg(long)]
+        cursor: Option<String>,
+        #[arg(long, default_value_t = 50)]
+        limit: usize,
+    },
+    /// One event with every attempt
+    Show {
+        id: ExecutionId,
+        #[arg(long)]
+        tenant: Option<Tenant>,
+    },
+    /// Wait until an event is final
+    Wait {
+        id: ExecutionId,
+        #[arg(long)]
+        tenant: Option<Tenant>,
+        /// Such as 30s
+        #[arg(long, default_value = "30s")]
+        timeout: crate::units::Span,
+    },
+    /// Cancel an event that is not yet delivered
+    Cancel {
+        id: ExecutionId,
+        #[arg(long)]
+        tenant: Option<Tenant>,
+    },
+}
+
+pub async fn run(global: &Global, command: Command) -> Outcome {
+    let client = Client::new(global)?;
+    let text = |t: Option<Tenant>| t.map(|t| t.to_string());
+    match command {
+        Command::Ls { tenant, state, since, cursor, limit } => {
+            let path = query(
+                "/executions",
+                &[
+                    ("tenant", text(tenant)),
+                    ("state", state.map(|s| s.to_string())),
+                    ("since", since.map(|s| s.to_string())),
+                    ("cursor", cursor),
+                    ("limit", Some(limit.to_string())),
+                ],
+            );
+            list(global, &client.get(&path).await?, "executions")
+        }
+        Command::Show { id, tenant } => {
+            show(global, &client.get(&query(&format!("/executions/{id}"), &[("tenant", text(tenant))])).await?)
+        }
+        Command::Wait { id, tenant, timeout } => {
+            let parameters = [("tenant", text(tenant)), ("timeout", Some(timeout.to_string()))];
+            show(global, &client.get(&query(&format!("/executions/{id}/wait"), &parameters)).await?)
+        }
+        Command::Cancel { id, tenant } => {
+            let answer = client.delete(&query(&format!("/executions/{id}"), &[("tenant", text(tenant))])).await?;
+            if global.json {
+                output::json(&answer)
+            } else {
+                output::line(format!("{id} is {}", cell(&answer["state"])))
+            }
+        }
+    }
+}
+
+/// A page of events; `key` is where the answer has them.
+pub(super) fn list(global: &Global, page: &Value, key: &str) -> Outcome {
+    if global.json {
+        return output::json(page);
+    }
+    let rows = page[key].as_array().cloned().unwrap_or_default();
+    output::table(
+        &["execution", "tenant", "workflow", "state", "attempts", "accepted", "error"],
+        rows.iter().map(|r| {
+            ["execution_id", "tenant_id", "workflow", "state", "attempts", "accepted_at", "error"]
+                .map(|k| short(&r[k]))
+                .to_vec()
+        }),
+    )?;
+    match &page["next_cursor"] {
+        Value::String(next) => output::line(format!("\nmore: --cursor {next}")),
+        _ => Ok(()),
+    }
+}
+
+/// Lists (`attempts` as a list) as their length, texts cut to a column.
+fn short(value: &Value) -> String {
+    match value {
+        Value::Array(items) => items.len().to_string(),
+        other => cell(other).chars().take(60).collect(),
+    }
+}
+
+pub(super) fn show(global: &Global, event: &Value) -> Outcome {
+    if global.json {
+        return output::json(event);
+    }
+    let fields = event.as_object().cloned().unwrap_or_default();
+    let plain = fields.iter().filter(|(_, v)| !v.is_array() && !v.is_null());
+    output::table(&["field", "value"], plain.map(|(k, v)| vec![k.clone(), cell(v)]))?;
+    let attempts = event["history"].as_array().or_else(|| event["attempts"].as_array()).cloned().unwrap_or_default();
+    if attempts.is_empty() {
+        return Ok(());
+    }
+    output::line("")?;
+    output::table(
+        &["attempt", "started", "ms", "status", "error", "n8n execution", "message"],
+        attempts.iter().map(|a| {
+            ["number", "started_at", "duration_ms", "status", "error_class", "n8n_execution_id", "message_id"]
+                .map(|k| cell(&a[k]))
+                .to_vec()
+        }),
+    )
+}

@@ -1,0 +1,53 @@
+//! `dealscale status` and `dealscale reload`.
+
+use serde_json::Value;
+
+use super::client::Client;
+use super::output::cell;
+use super::{Failure, Global, Outcome, output};
+
+pub async fn run(global: &Global) -> Outcome {
+    let client = Client::new(global)?;
+    let status = client.get("/admin/status").await?;
+    let ok = status["level"] == "ok";
+    if global.json {
+        output::json(&status)?;
+    } else {
+        output::line(format!("dealscale {}: {}\n", cell(&status["version"]), cell(&status["level"])))?;
+        let parts = status["parts"].as_array().cloned().unwrap_or_default();
+        output::table(
+            &["part", "state", "detail"],
+            parts.iter().map(|p| vec![cell(&p["name"]), cell(&p["level"]), cell(&p["detail"])]),
+        )?;
+        for (name, environment) in status["environments"].as_object().into_iter().flatten() {
+            output::line(format!("\n{name}"))?;
+            let rows = ["outbox", "payloads", "broker", "relay", "delivery"]
+                .into_iter()
+                .filter_map(|part| Some((part, environment.get(part)?)))
+                .flat_map(|(part, value)| flat(part, value));
+            output::table(&["figure", "value"], rows)?;
+        }
+    }
+    if ok { Ok(()) } else { Err(Failure::Attention) }
+}
+
+/// `{"a": {"b": 1}}` as `part.a.b`, `1`.
+fn flat(path: &str, value: &Value) -> Vec<Vec<String>> {
+    match value {
+        Value::Object(map) => map.iter().flat_map(|(key, value)| flat(&format!("{path}.{key}"), value)).collect(),
+        Value::Null => Vec::new(),
+        other => vec![vec![path.to_owned(), cell(other)]],
+    }
+}
+
+pub async fn reload(global: &Global) -> Outcome {
+    let applied = Client::new(global)?.post("/admin/reload", None).await?;
+    if global.json {
+        return output::json(&applied);
+    }
+    output::line("the configuration was read again")?;
+    for key in applied["needs_restart"].as_array().into_iter().flatten() {
+        output::line(format!("  {} changes at the next restart", cell(key)))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,49 @@
+//! The state of each part, as `/readyz`, `dealscale status` and metrics tell it.
+
+use serde::{Deserialize, Serialize};
+
+/// How a part is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Works.
+    Ok,
+    /// Work waits, nothing is lost: an outside system is down, a breaker is open, an operator is needed.
+    Degraded,
+    /// The appliance cannot do its job: publishes are refused.
+    Down,
+}
+
+/// One part of the appliance.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Part {
+    /// `production/outbox`, `production/broker`, `bridge` …
+    pub name: String,
+    pub level: Level,
+    /// What it does or lacks, for people; no secrets.
+    pub detail: String,
+}
+
+impl Part {
+    pub fn new(name: impl Into<String>, level: Level, detail: impl Into<String>) -> Self {
+        Self { name: name.into(), level, detail: detail.into() }
+    }
+}
+
+/// All parts together.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
+    pub level: Level,
+    pub parts: Vec<Part>,
+}
+
+impl Report {
+    pub fn new(parts: Vec<Part>) -> Self {
+        let level = parts.iter().map(|p| p.level).max().unwrap_or(Level::Ok);
+        Self { level, parts }
+    }
+    /// Ready means: publishes are taken. A broker or n8n that is down does not change that.
+    pub fn is_ready(&self) -> bool {
+        self.level < Level::Down
+    }
+}

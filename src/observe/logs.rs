@@ -1,0 +1,131 @@
+//! Where log lines go: journald under systemd, text on a terminal, JSON elsewhere, and rotating files when asked.
+//!
+//! The filter and the outputs are set once at the start; a reload changes the filter only.
+
+use std::io::IsTerminal;
+use std::str::FromStr;
+
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::registry::Registry;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, reload};
+
+use crate::config::Log;
+use crate::config::observe::LogFormat;
+
+/// Keeps the file writer alive and lets a reload change the filter.
+pub struct Logs {
+    filter: reload::Handle<Targets, Registry>,
+    _file: Option<tracing_appender::non_blocking::WorkerGuard>,
+}
+
+impl Logs {
+    /// Applies a new `log.filter`.
+    pub fn refilter(&self, config: &Log) {
+        if let Ok(filter) = Targets::from_str(&config.filter) {
+            let _ = self.filter.reload(filter);
+        }
+    }
+}
+
+/// Starts logging for the whole process.
+///
+/// # Errors
+/// The log folder cannot be written, or logging was started before.
+pub fn init(config: &Log) -> Result<Logs, String> {
+    let targets = Targets::from_str(&config.filter).map_err(|e| format!("log.filter: {e}"))?;
+    let (filter, handle) = reload::Layer::new(targets);
+    // systemd sets JOURNAL_STREAM for a service whose standard error is the journal (systemd.exec(5)).
+    let journal = config.format == LogFormat::Auto && std::env::var_os("JOURNAL_STREAM").is_some();
+    let terminal = std::io::stderr().is_terminal();
+    let text = config.format == LogFormat::Text || (config.format == LogFormat::Auto && terminal);
+    let output: Box<dyn Layer<_> + Send + Sync> = if journal {
+        Box::new(Journal)
+    } else if text {
+        Box::new(tracing_subscriber::fmt::layer().with_ansi(terminal).with_writer(std::io::stderr))
+    } else {
+        Box::new(tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(std::io::stderr))
+    };
+    let (file, guard) = match &config.dir {
+        None => (None, None),
+        Some(dir) => {
+            let appender = tracing_appender::rolling::Builder::new()
+                .rotation(tracing_appender::rolling::Rotation::DAILY)
+                .filename_prefix("dealscale")
+                .filename_suffix("log")
+                .max_log_files(config.files_max as usize)
+                .build(dir)
+                .map_err(|e| format!("cannot write log files in {}: {e}", dir.display()))?;
+            let (writer, guard) = tracing_appender::non_blocking(appender);
+            let layer =
+                tracing_subscriber::fmt::layer().json().flatten_event(true).with_ansi(false).with_writer(writer);
+            (Some(layer), Some(guard))
+        }
+    };
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(output)
+        .with(file)
+        .try_init()
+        .map_err(|e| format!("cannot start logging: {e}"))?;
+    Ok(Logs { filter: handle, _file: guard })
+}
+
+/// Sends each event to journald with its fields as journal fields (`DEALSCALE_TENANT=…`).
+struct Journal;
+
+impl<S: Subscriber> Layer<S> for Journal {
+    fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
+        let meta = event.metadata();
+        let priority = match *meta.level() {
+            Level::ERROR => 3,
+            Level::WARN => 4,
+            Level::INFO => 6,
+            _ => 7,
+        };
+        let mut fields = Fields { message: String::new(), fields: Vec::new() };
+        event.record(&mut fields);
+        let mut lines = vec![
+            format!("PRIORITY={priority}"),
+            "SYSLOG_IDENTIFIER=dealscale".into(),
+            format!("TARGET={}", meta.target()),
+        ];
+        // The message carries the fields as well: `journalctl` shows only it.
+        let mut message = fields.message;
+        for (name, value) in &fields.fields {
+            message.push_str(&format!(" {name}={value}"));
+            let name: String =
+                name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' }).collect();
+            lines.push(format!("DEALSCALE_{name}={value}"));
+        }
+        lines.push(format!("MESSAGE={message}"));
+        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+        // Nowhere to report it: this is the log.
+        let _ = systemd::journal::send(&lines);
+    }
+}
+
+struct Fields {
+    message: String,
+    fields: Vec<(&'static str, String)>,
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        if field.name() == "message" {
+            self.message = format!("{value:?}");
+        } else {
+            self.fields.push((field.name(), format!("{value:?}")));
+        }
+    }
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            self.message = value.to_owned();
+        } else {
+            self.fields.push((field.name(), value.to_owned()));
+        }
+    }
+}
