@@ -290,7 +290,12 @@ struct Health {
     reachable: Option<bool>,
     since: Option<Timestamp>,
     last_error: Option<String>,
+    /// A write failed (a full disk, say): reads that work do not make up for it, the next write that works does.
+    held: bool,
 }
+
+/// What has to work for the appliance to do its work.
+const WRITES: [&str; 3] = ["admit", "claim", "apply"];
 
 /// Rows by state, as they were a moment ago.
 #[derive(Clone)]
@@ -314,17 +319,27 @@ impl Shared {
             Ok(_) => observe::Done { environment, doing, items, took: start.elapsed() }.emit(),
             Err(error) => observe::Failed { environment, doing, cause: &error.to_string() }.emit(),
         }
-        let cause = match &result {
-            Ok(_) => None,
-            // A refusal that names one call is not the store's state; one that names the store is set where it is seen.
-            Err(error) => Some(error.to_string()),
-        };
-        let refused = matches!(&result, Err(Error::Refused(_)));
+        let writes = WRITES.contains(&doing);
         let mut health = self.health.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(cause) = &cause {
-            health.last_error = Some(cause.clone());
+        let cause = match &result {
+            Ok(_) if health.held && !writes => return result,
+            Ok(_) => None,
+            Err(error) => {
+                let cause = error.to_string();
+                health.last_error = Some(cause.clone());
+                match error {
+                    Error::Store { .. } if writes => health.held = true,
+                    Error::Unreachable(_) => {}
+                    // One call's affair.
+                    Error::Store { .. } | Error::Refused(_) => return result,
+                }
+                Some(cause)
+            }
+        };
+        if cause.is_none() {
+            health.held = false;
         }
-        if !refused && health.reachable != Some(cause.is_none()) {
+        if health.reachable != Some(cause.is_none()) {
             health.reachable = Some(cause.is_none());
             health.since = Some(self.clock.now());
             observe::Reachable { environment, kind: self.kind, cause: cause.as_deref() }.emit();
@@ -802,6 +817,13 @@ impl Store {
         }
         *counts = Some(Counts { at: Instant::now(), took: start.elapsed(), states: states.clone() });
         Some(states)
+    }
+
+    #[cfg(test)]
+    async fn limit_pages(&self, pages: u32) {
+        if let Backend::Sqlite(db) = &self.backend {
+            db.limit_pages(pages).await;
+        }
     }
 
     /// Ends what is under way; later calls fail.

@@ -355,9 +355,10 @@ impl Postgres {
 
     async fn claim_all(&self, asks: Vec<Ask>) -> Result<Vec<Answer>, Error> {
         const DOING: &str = "claim events";
-        let mut first: HashMap<&Key, usize> = HashMap::with_capacity(asks.len());
+        // With its hash: a forged reference must not stand for the real one beside it.
+        let mut first: HashMap<(&Key, [u8; 32]), usize> = HashMap::with_capacity(asks.len());
         for (n, ask) in asks.iter().enumerate() {
-            first.entry(&ask.key).or_insert(n);
+            first.entry((&ask.key, ask.body_hash)).or_insert(n);
         }
         let mut order: Vec<usize> = first.values().copied().collect();
         order.sort_unstable_by_key(|n| (asks[*n].key.execution_id, &asks[*n].key.tenant));
@@ -398,12 +399,12 @@ impl Postgres {
                 &[&self.now(), &ids, &tenants, &hashes, &owners, &spans, &tails, &begun, &messages, &with_body],
             )
             .await?;
-        let mut granted: HashMap<(Uuid, String), Answer> = HashMap::with_capacity(rows.len());
+        let mut granted: HashMap<(Uuid, String, Vec<u8>), Answer> = HashMap::with_capacity(rows.len());
         for row in rows {
             let columns = columns_of(&row);
             let body: Option<Vec<u8>> = row.get(COLUMNS_COUNT + 1);
             let sealed: i16 = row.get(COLUMNS_COUNT + 2);
-            let key = (columns.id, columns.tenant.clone());
+            let key = (columns.id, columns.tenant.clone(), columns.body_hash.clone());
             let begun = row.get(COLUMNS_COUNT);
             granted.insert(
                 key,
@@ -425,7 +426,10 @@ impl Postgres {
         let mut answers = Vec::with_capacity(asks.len());
         for (n, ask) in asks.iter().enumerate() {
             let key = (ask.key.execution_id.0, ask.key.tenant.as_str().to_owned());
-            let own = if first.get(&ask.key) == Some(&n) { granted.remove(&key) } else { None };
+            let own = match first.get(&(&ask.key, ask.body_hash)) {
+                Some(of) if *of == n => granted.remove(&(key.0, key.1.clone(), ask.body_hash.to_vec())),
+                _ => None,
+            };
             answers.push(match (own, why_not.get(&key)) {
                 (Some(answer), _) => answer,
                 (None, None) => Answer::Other(Claimed::Unknown),

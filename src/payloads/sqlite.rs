@@ -502,6 +502,14 @@ impl Sqlite {
         Ok(collected)
     }
 
+    #[cfg(test)]
+    pub async fn limit_pages(&self, pages: u32) {
+        let set = move |db: &Connection| {
+            Ok(db.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |row| row.get::<_, i64>(0))?)
+        };
+        self.write("limit the file", set).await.unwrap();
+    }
+
     pub async fn close(&self) {
         let (reply, closed) = oneshot::channel();
         if self.jobs.send(Message::Close(reply)).await.is_ok() {

@@ -91,7 +91,14 @@ impl Cluster {
         let log = self.dir.path().join("log");
         let out = std::fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
         let mut command = command(&programs().join("postgres"));
-        command.arg("-D").arg(self.data()).args(["-p", &self.port.to_string(), "-k", "", "-c", "listen_addresses=127.0.0.1"]);
+        command.arg("-D").arg(self.data()).args([
+            "-p",
+            &self.port.to_string(),
+            "-k",
+            "",
+            "-c",
+            "listen_addresses=127.0.0.1",
+        ]);
         for setting in &self.settings {
             command.args(["-c", setting]);
         }
@@ -133,7 +140,10 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         if let Some(mut child) = self.server().take() {
             // Immediate shutdown: nothing of it is kept.
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), nix::sys::signal::Signal::SIGQUIT);
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(child.id() as i32),
+                nix::sys::signal::Signal::SIGQUIT,
+            );
             let _ = child.wait();
         }
     }

@@ -1,5 +1,8 @@
 //! The payload store and the ledger in PostgreSQL.
 
+// The suite names the crate by its parent, because it is a part of the crate in `src/payloads/tests.rs`.
+extern crate dealscale;
+
 #[macro_use]
 #[path = "../../../src/payloads/conformance.rs"]
 mod conformance;
@@ -20,7 +23,13 @@ use dealscale::units::{Bytes, Span};
 use self::conformance::{LEDGER_AGE, PAYLOAD_AGE, START, World, attempt, event, finish, request};
 use super::cluster::Cluster;
 
-async fn open(url: &str, schema: &str, key: Option<&str>, clock: Clock, ca_file: Option<PathBuf>) -> Result<Store, Error> {
+async fn open(
+    url: &str,
+    schema: &str,
+    key: Option<&str>,
+    clock: Clock,
+    ca_file: Option<PathBuf>,
+) -> Result<Store, Error> {
     let config = config::Payloads {
         store: PayloadStore::Postgres(Postgres {
             url: Secret::new(url),
@@ -147,7 +156,8 @@ async fn invariant_4_what_was_confirmed_survives_kill_9_of_the_server() {
     resume(&cluster).await;
     assert_eq!(delivered.len(), 1200);
     for event in &delivered {
-        let row = insist(|| store.get(&event.key(), true)).await.unwrap();
+        let key = event.key();
+        let row = insist(|| store.get(&key, true)).await.unwrap();
         assert_eq!((row.state, row.envelope), (State::Delivered, event.envelope.clone()));
     }
     let loaded = store.load(delivered.iter().map(|e| e.key()).collect()).await.unwrap();
@@ -234,7 +244,8 @@ async fn claims_go_by_the_databases_clock() {
     assert!(matches!(held, Claimed::Held(_)), "{held:?}");
     tokio::time::sleep(Duration::from_millis(600)).await;
     let until = Clock::System.now().plus(Duration::from_secs(60));
-    let Claimed::Granted { token, row } = store.claim("b", vec![request(&event)], until).await.unwrap().remove(0) else {
+    let Claimed::Granted { token, row } = store.claim("b", vec![request(&event)], until).await.unwrap().remove(0)
+    else {
         panic!("not granted")
     };
     let skew = row.claim.unwrap().until.0 - until.0;
@@ -268,7 +279,8 @@ async fn tls_is_what_sslmode_says() {
     cluster.psql("ALTER SYSTEM SET ssl = on");
     cluster.psql("SELECT pg_reload_conf()");
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let encrypted = "SELECT bool_or(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = 'dealscale'";
+    let encrypted =
+        "SELECT bool_or(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = 'dealscale'";
     let ca = || Some(file("ca.pem"));
     let cases = [
         ("127.0.0.1", "disable", None, Ok("f")),
@@ -301,6 +313,17 @@ async fn tls_is_what_sslmode_says() {
     }
 }
 
+/// Not a promise but a figure: `cargo test --release --test real -- --ignored --nocapture postgres::payloads::figure`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a figure"]
+async fn figure_events_per_second() {
+    let cluster = own(&[]).await;
+    let store = open(&cluster.url(), "figure", None, Clock::System, None).await.unwrap();
+    let figure = conformance::events_per_second(&store, 20_000).await;
+    println!("PostgreSQL: {figure:.0} events/s (admit, claim and begin, finish; 1 KiB)");
+    assert!(figure > 100.0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn batches_meet_their_rows_by_index() {
     let world = plain("batches_meet_their_rows_by_index").await;
@@ -327,5 +350,6 @@ async fn batches_meet_their_rows_by_index() {
     assert_eq!(numbers[2], 4000, "{found}");
     // Creating the indexes reads the table; autovacuum's analyze does not.
     assert!(numbers[0] <= 8, "sequential scans: {found}");
-    assert!(numbers[1] >= 1600, "claims are heap-only updates: {found}");
+    // None at all if a claim touched an indexed column; how many depends on the room in the pages.
+    assert!(numbers[1] >= 500, "claims are heap-only updates: {found}");
 }
