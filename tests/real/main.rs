@@ -3,5 +3,8 @@
 //!
 //! Run one module with `tests/real/run.sh n8n`.
 
+#[path = "../support/conformance.rs"]
+mod conformance;
 mod n8n;
+mod pulsar;
 mod support;
