@@ -85,6 +85,11 @@ token() {
   printf '%s.%s\n' "$signed" "$(printf '%s' "$signed" | openssl dgst -sha256 -sign "$PULSAR_STATE/token.key" -binary | base64url)"
 }
 
+healthy() {
+  curl -fsS --noproxy '*' -o /dev/null --max-time 5 -H "Authorization: Bearer $(token admin)" \
+    "http://127.0.0.1:$PULSAR_HTTP_PORT/admin/v2/brokers/health" 2>/dev/null
+}
+
 configure() {
   local d=$PULSAR_STATE
   cat >"$d/standalone.conf" <<CONF
@@ -189,10 +194,16 @@ start() {
   ) &
   remember $! "$PIDFILE"
   # Its port is open long before it works.
-  if ! wait_http "http://127.0.0.1:$PULSAR_HTTP_PORT/admin/v2/brokers/health" "${PULSAR_PATIENCE:-150}" "$PIDFILE"; then
-    tail -n 30 "$LOG" >&2
-    die "Pulsar did not become healthy; the whole log: $LOG"
-  fi
+  local deadline=$((SECONDS + ${PULSAR_PATIENCE:-150})) shown=$SECONDS
+  until healthy; do
+    if ! running "$PIDFILE" || [ "$SECONDS" -ge "$deadline" ]; then
+      tail -n 30 "$LOG" >&2
+      end "$PIDFILE" KILL
+      die "Pulsar did not become healthy; the whole log: $LOG"
+    fi
+    if [ $((SECONDS - shown)) -ge 10 ]; then shown=$SECONDS; say "Pulsar is starting … $((SECONDS - begin)) s"; fi
+    sleep 0.5
+  done
   say "Pulsar is ready after $((SECONDS - begin)) s: pulsar://127.0.0.1:$PULSAR_PORT, http://127.0.0.1:$PULSAR_HTTP_PORT"
 }
 
