@@ -507,7 +507,7 @@ fn tokens_oauth2_and_tls_let_us_in_and_nothing_else_does() {
         let guest = strict.config(token(strict.script(&["token", "guest"])));
         let broker = Broker::connect(&guest, &environment(), keys.clone(), topics(&[LONG]), Clock::System).unwrap();
         let results = broker.publish(vec![world(guest.clone(), keys.clone()).event(LONG, "acme", None)]).await;
-        assert!(results[0].as_ref().unwrap_err().to_string().contains("403"), "{results:?}");
+        assert!(results[0].as_ref().unwrap_err().to_string().contains("does not let our role"), "{results:?}");
         close([broker]).await;
 
         let issuer = Issuer::start(strict.state.join("token.key")).await;
@@ -610,5 +610,92 @@ fn ten_thousand_events_flow() {
         let (published, received) = tokio::join!(publishing, receiving);
         println!("10000 events: published in {published:?}, received and acknowledged in {received:?}");
         close([broker]).await;
+    });
+}
+
+/// What a foreign worker asks of an appliance, answered from memory.
+async fn doors(
+    jwks: Value,
+    payloads: std::collections::BTreeMap<String, Value>,
+    results: tokio::sync::mpsc::UnboundedSender<(String, Value)>,
+) -> String {
+    use axum::extract::Path;
+    use axum::http::{HeaderMap, StatusCode};
+    use axum::routing::{get, post};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let bearer = |headers: &HeaderMap| {
+        headers.get("authorization").is_some_and(|v| v.to_str().unwrap().starts_with("Bearer ey"))
+    };
+    let app = axum::Router::new()
+        .route("/.well-known/jwks.json", get(move || async move { axum::Json(jwks) }))
+        .route(
+            "/executions/{id}/payload",
+            get(move |Path(id): Path<String>, headers: HeaderMap| async move {
+                assert!(bearer(&headers));
+                payloads.get(&id).map(|payload| payload.to_string()).ok_or(StatusCode::NOT_FOUND)
+            }),
+        )
+        .route(
+            "/executions/{id}/result",
+            post(move |Path(id): Path<String>, headers: HeaderMap, body: String| async move {
+                assert!(bearer(&headers));
+                results.send((id, serde_json::from_str(&body).unwrap())).unwrap();
+                "{}"
+            }),
+        );
+    #[expect(clippy::disallowed_methods, reason = "a server of the test itself")]
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    url
+}
+
+#[test]
+fn a_foreign_worker_verifies_loads_and_answers() {
+    const TOPIC: &str = "dealscale.ai.inference";
+    run(|world, config, keys| async move {
+        let sender = (world.open)(topics(&[LONG]));
+        let event = |payload: &Value| {
+            let mut event = world.event(TOPIC, "acme", None);
+            event.claims.payload_sha256 = dealscale::ids::BodyHash::of(payload.to_string().as_bytes());
+            event
+        };
+        let (fine, bad) = (json!({ "prompt": "hello" }), json!({ "fail": "permanently" }));
+        let (good, failing, gone) = (event(&fine), event(&bad), event(&fine));
+        let id = |event: &dealscale::broker::Outgoing| event.claims.execution_id.to_string();
+        let payloads = [(id(&good), fine), (id(&failing), bad)].into_iter().collect();
+        let (results, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let url = doors(keys.jwks(), payloads, results).await;
+        publish(&sender, vec![good.clone(), failing.clone(), gone]).await;
+        let stranger = tempfile::tempdir().unwrap();
+        let forged = self::keys(stranger.path()).sign(&good.claims);
+        send_raw(&config, TOPIC, forged.clone().into_bytes()).await;
+
+        let worker = Path::new(env!("CARGO_MANIFEST_DIR")).join("appliance/workers/external_worker.py");
+        let mut command = tokio::process::Command::new(variable("DEALSCALE_TEST_WORKER_PYTHON"));
+        command
+            .arg(worker)
+            .env("PULSAR_SERVICE_URL", &config.service_url)
+            .env("DEALSCALE_TOPIC", format!("persistent://{}/{}/{TOPIC}", config.tenant, config.namespace))
+            .env("DEALSCALE_URL", url)
+            .env("WORKER_COUNT", "4")
+            .kill_on_drop(true);
+        let ended = tokio::time::timeout(PATIENCE, command.status()).await.expect("the worker ends").unwrap();
+        assert!(ended.success());
+        let mut results = std::collections::BTreeMap::new();
+        while let Ok((id, result)) = told.try_recv() {
+            results.insert(id, result);
+        }
+        assert_eq!(results.len(), 2, "{results:?}");
+        assert_eq!(results[&id(&good)]["state"], "succeeded");
+        assert_eq!(
+            (&results[&id(&failing)]["state"], &results[&id(&failing)]["error"]),
+            (&json!("failed"), &json!("the payload asked for it"))
+        );
+        let letters = (world.open)(topics(&["dealscale.deadletter.ai.inference"]));
+        let letter = receive_one(&letters).await;
+        assert_eq!(letter.raw, forged.as_bytes());
+        assert_eq!(letter.properties["dead_letter_reason"], "signed with an unknown key");
+        assert_eq!(letter.properties["original_topic"], TOPIC);
+        close([sender, letters]).await;
     });
 }

@@ -22,6 +22,7 @@ cd "$(dirname "$0")" && . ./lib.sh
 
 PULSAR_VERSION=4.0.8
 DIST=$CACHE/pulsar/$PULSAR_VERSION
+WORKER=$CACHE/pulsar/worker-venv
 BASE=${DEALSCALE_TEST_STATE:-../../../.state}
 PULSAR_STATE=$(realpath -m "${PULSAR_STATE:-$BASE/pulsar}")
 PULSAR_PORT=${PULSAR_PORT:-26650}
@@ -33,7 +34,19 @@ LOG=$PULSAR_STATE/pulsar.log
 # Heap and Netty's memory: with less, 10,000 messages a second end in garbage collection.
 HEAP=512m
 
+# What appliance/workers needs, for the test that runs it.
+install_worker() {
+  local requirements=../../../appliance/workers/requirements.txt
+  cmp -s "$requirements" "$WORKER/.installed" && return 0
+  rm -rf "$WORKER"
+  with_progress "python: pulsar-client" "$CACHE/pulsar/worker.log" bash -c \
+    'python3 -m venv "$1" && "$1/bin/pip" install --quiet --disable-pip-version-check -r "$2"' - "$WORKER" "$requirements"
+  cp "$requirements" "$WORKER/.installed"
+}
+
 install() {
+  mkdir -p "$CACHE/pulsar"
+  install_worker
   [ -e "$DIST/.complete" ] && return 0
   command -v mvn >/dev/null || die "Maven is needed to fetch Pulsar: servers/packages.sh pulsar"
   say "Apache Pulsar $PULSAR_VERSION (245 MB, once; kept in $DIST)"
@@ -220,6 +233,7 @@ DEALSCALE_TEST_PULSAR_STATE=$PULSAR_STATE
 DEALSCALE_TEST_PULSAR_URL=pulsar://127.0.0.1:$PULSAR_PORT
 DEALSCALE_TEST_PULSAR_TLS_URL=pulsar+ssl://127.0.0.1:$PULSAR_TLS_PORT
 DEALSCALE_TEST_PULSAR_HTTP_URL=http://127.0.0.1:$PULSAR_HTTP_PORT
+DEALSCALE_TEST_WORKER_PYTHON=$WORKER/bin/python
 PULSAR_STATE=$PULSAR_STATE
 PULSAR_PORT=$PULSAR_PORT
 PULSAR_HTTP_PORT=$PULSAR_HTTP_PORT
