@@ -49,7 +49,7 @@ pub struct Outgoing {
     pub deliver_at: Option<Timestamp>,
 }
 
-/// The broker has it. The id is for the ledger and for people: Pulsar's `ledger:entry:partition:batch index`, or the
+/// The broker has it. The id is for the ledger and for people: Pulsar's `ledger:entry:batch index`, or the
 /// local broker's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receipt(pub String);
@@ -57,7 +57,7 @@ pub struct Receipt(pub String);
 /// A message that this consumer holds until it settles it.
 #[derive(Debug)]
 pub struct Received {
-    /// For the ledger: Pulsar's `ledger:entry:partition:batch`, or the local broker's.
+    /// For the ledger: Pulsar's `ledger:entry:batch index`, or the local broker's.
     pub message_id: String,
     pub topic: Topic,
     pub reference: Result<Verified, Rejection>,

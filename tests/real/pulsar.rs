@@ -1,4 +1,5 @@
 //! The broker against a real Pulsar: what both brokers promise, and what only this one can get wrong.
+#![allow(clippy::unwrap_used)] // a test fails by panicking, in its helpers too
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +14,8 @@ use dealscale::config;
 use dealscale::config::Secret;
 use dealscale::config::broker::{Pulsar, PulsarAuth};
 use dealscale::ids::{Environment, ExecutionId, Tenant, Topic};
-use dealscale::units::Span;
+use dealscale::outbox::{LeaseLimit, Outbox};
+use dealscale::units::{Bytes, Span};
 use serde_json::{Value, json};
 
 use super::support::variable;
@@ -697,5 +699,47 @@ fn a_foreign_worker_verifies_loads_and_answers() {
         assert_eq!(letter.properties["dead_letter_reason"], "signed with an unknown key");
         assert_eq!(letter.properties["original_topic"], TOPIC);
         close([sender, letters]).await;
+    });
+}
+
+#[test]
+fn relaying_confirms_what_has_its_receipt_and_keeps_the_rest() {
+    run(|world, config, keys| async move {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = dealscale::config::parse(&format!("state_dir = {:?}", dir.path())).unwrap();
+        let limits = Arc::new(|_: &_| (1, Bytes::gib(1)));
+        let settings = &settings.environments[&environment()].outbox;
+        let outbox = Outbox::open(settings, &environment(), limits, Clock::System).unwrap();
+        let all = LeaseLimit { count: 1_000, bytes: Bytes::gib(1) };
+        let sent = conformance::append(&world, &outbox, 200).await;
+        let leased = outbox.lease(all).await.unwrap();
+        let items =
+            || leased.iter().zip(&sent).map(|(leased, sent)| (leased.sequence, sent.clone())).collect::<Vec<_>>();
+        // Nobody there: an answer within the deadlines, and nothing leaves the outbox.
+        let away =
+            Pulsar { service_url: "pulsar://127.0.0.1:1".into(), operation_timeout: Span::secs(1), ..config.clone() };
+        let broker = Broker::connect(&away, &environment(), keys, topics(&[LONG]), Clock::System).unwrap();
+        let begin = Instant::now();
+        let results = broker.relay(&outbox, items()).await;
+        assert!(results.iter().all(|result| matches!(result, Err(Error::Unavailable { .. }))), "{results:?}");
+        assert!(begin.elapsed() < Duration::from_secs(10), "it took {:?}", begin.elapsed());
+        assert_eq!(outbox.status().records, 200);
+        close([broker]).await;
+
+        let broker = world.broker();
+        let results = broker.relay(&outbox, items()).await;
+        let receipts: std::collections::BTreeSet<_> = results.into_iter().map(|result| result.unwrap().0).collect();
+        assert_eq!(receipts.len(), 200, "a receipt names one message");
+        assert_eq!(outbox.status().records, 0);
+        let mut seen = std::collections::BTreeMap::new();
+        while seen.len() < 200 {
+            let messages = receive(&broker, 100).await;
+            seen.extend(messages.iter().map(|message| (message.message_id.clone(), id(message))));
+            broker.ack(messages).await.unwrap();
+        }
+        // The ids of receipts are those that consumers see.
+        assert_eq!(seen.keys().cloned().collect::<std::collections::BTreeSet<_>>(), receipts);
+        close([broker]).await;
+        outbox.close().await.unwrap();
     });
 }

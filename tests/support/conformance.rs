@@ -1,5 +1,6 @@
 //! What both brokers promise, as tests that either must pass: `tests/it/broker.rs` runs them on the local broker,
 //! `tests/real/pulsar.rs` on a real Pulsar.
+#![allow(clippy::unwrap_used)] // a test fails by panicking, in its helpers too
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -7,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use dealscale::broker::{Broker, Claims, Outgoing, Received, Topics};
 use dealscale::clock::{Clock, Timestamp};
+use dealscale::event::Event;
 use dealscale::ids::{BodyHash, Environment, ExecutionId, OrderingKey, Tenant, Topic};
+use dealscale::outbox::{Append, Outbox};
 
 /// Patience for what has to happen; nothing waits so long on purpose.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -327,4 +330,23 @@ pub async fn a_tenant_that_is_new_is_received_without_a_restart(world: &World<'_
     assert_eq!(message.topic.as_str(), "dealscale.workflow.long.late");
     broker.ack(vec![message]).await.unwrap();
     close([broker]).await;
+}
+
+/// Accepts events into the outbox; what the relay would publish of them.
+pub async fn append(world: &World<'_>, outbox: &Outbox, count: usize) -> Vec<Outgoing> {
+    let mut sent = Vec::new();
+    for n in 0..count {
+        let mut outgoing = world.event(LONG, "acme", None);
+        let body = bytes::Bytes::from(format!("{{\"n\":{n}}}"));
+        outgoing.claims.payload_sha256 = BodyHash::of(&body);
+        let envelope = serde_json::json!({
+            "tenant": "acme", "execution_id": outgoing.claims.execution_id, "topic": LONG, "route": "default",
+            "accepted_at": world.clock.now(), "body_hash": outgoing.claims.payload_sha256,
+        });
+        let event = Event { envelope: serde_json::from_value(envelope).unwrap(), body };
+        let append = Append { event, idempotency_key: None, answer: bytes::Bytes::new() };
+        outbox.append(append).await.unwrap();
+        sent.push(outgoing);
+    }
+    sent
 }
