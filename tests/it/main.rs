@@ -1,5 +1,8 @@
 //! Integration tests with embedded parts: the built binary, a receiver in n8n's place, no other server.
 
+mod broker;
+#[path = "../support/conformance.rs"]
+mod conformance;
 mod process;
 #[path = "../support/mod.rs"]
 mod support;

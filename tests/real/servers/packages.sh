@@ -14,7 +14,7 @@ declare -A PACKAGES=(
   [test]="ca-certificates curl python3 procps"
   [n8n]="ca-certificates curl python3 g++ make procps"   # the compiler builds n8n's SQLite driver
   [postgres]="postgresql-15"
-  [pulsar]="curl openjdk-17-jre-headless"
+  [pulsar]="curl openjdk-17-jre-headless maven openssl python3-venv"
   [lint]="python3 python3-venv"
 )
 
@@ -36,7 +36,7 @@ install_packages() {
     fi
     # A server from elsewhere (pgdg, another JDK) serves as well.
     [ "$group" = postgres ] && compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && continue
-    [ "$group" = pulsar ] && command -v java >/dev/null && list=curl
+    [ "$group" = pulsar ] && command -v java >/dev/null && list=${list/openjdk-[0-9]*-jre-headless/}
     # shellcheck disable=SC2206
     wanted+=($(missing $list))
     # npm: any will do (NodeSource's package is called nodejs and brings it along).
