@@ -91,14 +91,18 @@ async fn metrics() -> Response {
 
 async fn status(State(admin): State<Admin>) -> Json<Value> {
     let (report, details) = tokio::join!((admin.report)(), (admin.details)());
-    Json(json!({ "version": env!("CARGO_PKG_VERSION"), "level": report.level, "parts": report.parts, "environments": details }))
+    Json(
+        json!({ "version": env!("CARGO_PKG_VERSION"), "level": report.level, "parts": report.parts, "environments": details }),
+    )
 }
 
 async fn reload(State(admin): State<Admin>) -> Response {
     match (admin.reload)().await {
         Ok(applied) => Json(applied).into_response(),
-        Err(problems) => {
-            problem(StatusCode::UNPROCESSABLE_ENTITY, "The configuration was refused; the old one goes on", &problems.join("; "))
-        }
+        Err(problems) => problem(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "The configuration was refused; the old one goes on",
+            &problems.join("; "),
+        ),
     }
 }

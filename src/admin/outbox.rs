@@ -91,7 +91,11 @@ fn hundred() -> usize {
     100
 }
 
-async fn list(State(admin): State<Admin>, headers: HeaderMap, Query(query): Query<ListQuery>) -> Result<Response, Response> {
+async fn list(
+    State(admin): State<Admin>,
+    headers: HeaderMap,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, Response> {
     let limit = query.limit.clamp(1, 1_000);
     let found = admin.outbox(&headers)?.list(query.tenant, query.poisoned, query.after.map(Sequence), limit).await;
     let found = found.map_err(|e| failed(&e))?;
@@ -108,10 +112,20 @@ async fn show(State(admin): State<Admin>, headers: HeaderMap, Path(sequence): Pa
             return Ok(Json(RecordView::new(found, true)).into_response());
         }
     }
-    Err(problem(StatusCode::NOT_FOUND, "No such record", "it has left the outbox, or never was; see `dealscale executions`"))
+    Err(problem(
+        StatusCode::NOT_FOUND,
+        "No such record",
+        "it has left the outbox, or never was; see `dealscale executions`",
+    ))
 }
 
-async fn repair(admin: &Admin, headers: &HeaderMap, peer: Peer, sequence: u64, discard: bool) -> Result<Response, Response> {
+async fn repair(
+    admin: &Admin,
+    headers: &HeaderMap,
+    peer: Peer,
+    sequence: u64,
+    discard: bool,
+) -> Result<Response, Response> {
     let done = admin.outbox(headers)?.repair_poisoned(Sequence(sequence), discard).await.map_err(|e| failed(&e))?;
     if !done {
         return Err(problem(StatusCode::NOT_FOUND, "No such poisoned record", "see `dealscale outbox ls --poisoned`"));

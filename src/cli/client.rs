@@ -62,7 +62,11 @@ impl Client {
         // A problem document (RFC 9457).
         let text = |key: &str| answer.body.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let (title, detail) = (text("title"), text("detail"));
-        Err(Failure::Message(if detail.is_empty() { format!("{} {title}", answer.status) } else { format!("{title}: {detail}") }))
+        Err(Failure::Message(if detail.is_empty() {
+            format!("{} {title}", answer.status)
+        } else {
+            format!("{title}: {detail}")
+        }))
     }
 
     pub async fn send(&self, method: Method, path: &str, body: Option<Value>) -> Result<Answer, Failure> {

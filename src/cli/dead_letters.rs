@@ -93,7 +93,11 @@ pub async fn run(global: &Global, command: Command) -> Outcome {
         Command::Replay { id: Some(id), filter, .. } => {
             let path = query(&format!("/dead-letters/{id}/replay"), &tenant_of(filter.tenant));
             let answer = client.post(&path, None).await?;
-            if global.json { output::json(&answer) } else { output::line(format!("{id} is {}", cell(&answer["state"]))) }
+            if global.json {
+                output::json(&answer)
+            } else {
+                output::line(format!("{id} is {}", cell(&answer["state"])))
+            }
         }
         Command::Replay { id: None, filter, yes } => {
             let answer = client.post("/dead-letters/replay", Some(filter.json(!yes))).await?;
@@ -113,7 +117,9 @@ pub async fn run(global: &Global, command: Command) -> Outcome {
                 return output::json(&answer);
             }
             match &answer {
-                Value::Object(o) if o.contains_key("state") => output::line(format!("{id} is {}", cell(&answer["state"]))),
+                Value::Object(o) if o.contains_key("state") => {
+                    output::line(format!("{id} is {}", cell(&answer["state"])))
+                }
                 Value::Null => output::line(format!("{id} is discarded")),
                 other => Err(Failure::Message(format!("an answer that is not understood: {}", json!(other)))),
             }

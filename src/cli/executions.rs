@@ -75,7 +75,11 @@ pub async fn run(global: &Global, command: Command) -> Outcome {
         }
         Command::Cancel { id, tenant } => {
             let answer = client.delete(&query(&format!("/executions/{id}"), &[("tenant", text(tenant))])).await?;
-            if global.json { output::json(&answer) } else { output::line(format!("{id} is {}", cell(&answer["state"]))) }
+            if global.json {
+                output::json(&answer)
+            } else {
+                output::line(format!("{id} is {}", cell(&answer["state"])))
+            }
         }
     }
 }
@@ -89,7 +93,9 @@ pub(super) fn list(global: &Global, page: &Value, key: &str) -> Outcome {
     output::table(
         &["execution", "tenant", "workflow", "state", "attempts", "accepted", "error"],
         rows.iter().map(|r| {
-            ["execution_id", "tenant_id", "workflow", "state", "attempts", "accepted_at", "error"].map(|k| short(&r[k])).to_vec()
+            ["execution_id", "tenant_id", "workflow", "state", "attempts", "accepted_at", "error"]
+                .map(|k| short(&r[k]))
+                .to_vec()
         }),
     )?;
     match &page["next_cursor"] {

@@ -19,14 +19,11 @@ mod client;
 mod config_show;
 mod dead_letters;
 mod executions;
-mod outbox;
 mod output;
 mod publish;
 mod routes;
-mod serve;
 mod status;
 mod token;
-mod topology;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -63,8 +60,6 @@ struct Global {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Run the appliance in the foreground
-    Serve,
     /// Check the configuration and print every problem
     Check,
     /// The effective configuration
@@ -82,21 +77,13 @@ enum Command {
     /// Events that could not be delivered
     #[command(subcommand)]
     DeadLetters(dead_letters::Command),
-    /// The durable local queue
-    #[command(subcommand)]
-    Outbox(outbox::Command),
-    /// Pulsar's tenant, namespace, topics and subscriptions, against the topics file
-    #[command(subcommand)]
-    Topology(topology::Command),
     /// Which route an event would take, and why
     #[command(subcommand)]
     Routes(routes::Command),
     /// Make a token for a service account and the lines of configuration for it
     Token(token::Command),
     /// Shell completions
-    Completions {
-        shell: clap_complete::Shell,
-    },
+    Completions { shell: clap_complete::Shell },
     /// The manual page, as roff
     Man,
 }
@@ -146,7 +133,10 @@ pub fn run() -> ExitCode {
             for problem in &problems {
                 output::error(&problem.to_string());
             }
-            output::error(&format!("{} in the configuration; nothing was started", output::plural(problems.len(), "problem")));
+            output::error(&format!(
+                "{} in the configuration; nothing was started",
+                output::plural(problems.len(), "problem")
+            ));
             ExitCode::from(78)
         }
     }
@@ -155,7 +145,6 @@ pub fn run() -> ExitCode {
 fn dispatch(cli: Cli) -> Outcome {
     let global = &cli.global;
     match cli.command {
-        Command::Serve => serve::run(global),
         Command::Check => check::run(global),
         Command::Config(command) => config_show::run(global, command),
         Command::Routes(command) => routes::run(global, command),
@@ -170,15 +159,14 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Publish(command) => block_on(publish::run(global, command)),
         Command::Executions(command) => block_on(executions::run(global, command)),
         Command::DeadLetters(command) => block_on(dead_letters::run(global, command)),
-        Command::Outbox(command) => block_on(outbox::run(global, command)),
-        Command::Topology(command) => block_on(topology::run(global, command)),
     }
 }
 
 /// One page for the whole command line: the main page, then each command.
 fn man() -> Outcome {
     fn render(command: &clap::Command, prefix: &str, out: &mut Vec<u8>) -> std::io::Result<()> {
-        let name = if prefix.is_empty() { command.get_name().to_owned() } else { format!("{prefix} {}", command.get_name()) };
+        let name =
+            if prefix.is_empty() { command.get_name().to_owned() } else { format!("{prefix} {}", command.get_name()) };
         let page = clap_mangen::Man::new(command.clone().name(name.clone()));
         if prefix.is_empty() {
             page.render(out)?;

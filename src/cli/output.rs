@@ -37,7 +37,10 @@ pub fn json(value: &impl Serialize) -> Outcome {
 /// Columns under a head.
 pub fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Outcome {
     let mut table = Table::new();
-    table.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(head.iter().map(|h| h.to_uppercase()));
+    table
+        .load_style(NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header(head.iter().map(|h| h.to_uppercase()));
     for row in rows {
         table.add_row(row);
     }

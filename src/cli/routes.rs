@@ -51,10 +51,19 @@ pub fn run(global: &Global, command: Command) -> Outcome {
         ),
         Command::Explain { workflow, topic, tenant, bytes, metadata } => {
             if environment.tenant(&tenant).is_none() {
-                return Err(Failure::Message(format!("tenant {tenant} is not declared in environment {}: 403", environment.name)));
+                return Err(Failure::Message(format!(
+                    "tenant {tenant} is not declared in environment {}: 403",
+                    environment.name
+                )));
             }
             let metadata: BTreeMap<_, _> = metadata.into_iter().collect();
-            let input = Input { workflow: workflow.as_ref(), topic: topic.as_ref(), tenant: &tenant, bytes: bytes.0, metadata: &metadata };
+            let input = Input {
+                workflow: workflow.as_ref(),
+                topic: topic.as_ref(),
+                tenant: &tenant,
+                bytes: bytes.0,
+                metadata: &metadata,
+            };
             let decision = router.decide(input).map_err(|e| e.to_string())?;
             let route = decision.route;
             if global.json {
@@ -64,7 +73,11 @@ pub fn run(global: &Global, command: Command) -> Outcome {
             }
             output::line(format!(
                 "route    {}\nbecause  {}\nclass    {}\ntopic    {}\nwebhook  {}",
-                route.name, decision.reason, route.class.as_str(), decision.topic, route.webhook
+                route.name,
+                decision.reason,
+                route.class.as_str(),
+                decision.topic,
+                route.webhook
             ))
         }
     }

@@ -15,7 +15,10 @@ pub async fn run(global: &Global) -> Outcome {
     } else {
         output::line(format!("dealscale {}: {}\n", cell(&status["version"]), cell(&status["level"])))?;
         let parts = status["parts"].as_array().cloned().unwrap_or_default();
-        output::table(&["part", "state", "detail"], parts.iter().map(|p| vec![cell(&p["name"]), cell(&p["level"]), cell(&p["detail"])]))?;
+        output::table(
+            &["part", "state", "detail"],
+            parts.iter().map(|p| vec![cell(&p["name"]), cell(&p["level"]), cell(&p["detail"])]),
+        )?;
         for (name, environment) in status["environments"].as_object().into_iter().flatten() {
             output::line(format!("\n{name}"))?;
             let rows = ["outbox", "payloads", "broker", "relay", "delivery"]

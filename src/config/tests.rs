@@ -30,13 +30,22 @@ fn the_shipped_file_is_right_and_shows_every_default() {
     std::fs::write(&secret, "0".repeat(64)).unwrap();
     let mut text = String::new();
     for line in SHIPPED.lines() {
-        let line = line.strip_prefix('#').filter(|l| l.starts_with(|c: char| c == '[' || c.is_ascii_lowercase())).unwrap_or(line);
-        let file = line.split_once("_file = ").map(|(key, _)| format!("{key}_file = {:?}", secret.display().to_string()));
-        text.push_str(&file.filter(|_| !line.starts_with("topics") && !line.starts_with("ca") && !line.starts_with("database_f")).unwrap_or(line.into()));
+        let line = line
+            .strip_prefix('#')
+            .filter(|l| l.starts_with(|c: char| c == '[' || c.is_ascii_lowercase()))
+            .unwrap_or(line);
+        let file =
+            line.split_once("_file = ").map(|(key, _)| format!("{key}_file = {:?}", secret.display().to_string()));
+        text.push_str(
+            &file
+                .filter(|_| !line.starts_with("topics") && !line.starts_with("ca") && !line.starts_with("database_f"))
+                .unwrap_or(line.into()),
+        );
         text.push('\n');
     }
     // Not a URL: it is the stand-in secret.
-    let text = text.replace(&format!("url_file = {:?}", secret.display().to_string()), "url = \"postgresql://u:p@127.0.0.1/d\"");
+    let text = text
+        .replace(&format!("url_file = {:?}", secret.display().to_string()), "url = \"postgresql://u:p@127.0.0.1/d\"");
     let text = text.replace("database_url = ", "#database_url = ");
     let uncommented = parse(&text).unwrap_or_else(|p| panic!("{p:#?}"));
     let uncommented = shown(&uncommented);
@@ -150,8 +159,13 @@ fn the_plans_variables_steer_a_bare_start() {
         (&*pulsar.service_url, &*pulsar.http_url, &*pulsar.tenant, &*pulsar.namespace),
         ("pulsar://pulsar:6650", "http://pulsar:8080", "acme", "workflows")
     );
-    let broker::PulsarAuth::OAuth2 { issuer_url, audience, client_id, scope, .. } = &pulsar.auth else { panic!("not OAuth2") };
-    assert_eq!((&**issuer_url, &**audience, &**client_id, scope.as_deref()), ("http://issuer", "urn:pulsar", "gw", Some("publish")));
+    let broker::PulsarAuth::OAuth2 { issuer_url, audience, client_id, scope, .. } = &pulsar.auth else {
+        panic!("not OAuth2")
+    };
+    assert_eq!(
+        (&**issuer_url, &**audience, &**client_id, scope.as_deref()),
+        ("http://issuer", "urn:pulsar", "gw", Some("publish"))
+    );
 }
 
 #[test]
@@ -166,7 +180,10 @@ fn the_queue_variable_decides_the_broker() {
     assert!(kind(&[("DEALSCALE_PULSAR_QUEUE_ENABLED", "true")]));
     assert!(!kind(&[url, ("DEALSCALE_PULSAR_QUEUE_ENABLED", "FALSE")]));
     assert!(!kind(&[("PULSAR_SERVICE_URL", "")]));
-    assert!(texts(bare(&[("DEALSCALE_PULSAR_QUEUE_ENABLED", "hunter2")]))[0].starts_with("environments.production.broker.kind"));
+    assert!(
+        texts(bare(&[("DEALSCALE_PULSAR_QUEUE_ENABLED", "hunter2")]))[0]
+            .starts_with("environments.production.broker.kind")
+    );
     let config = bare(&[url, ("PULSAR_AUTH_TOKEN", "t")]).unwrap();
     let Broker::Pulsar(pulsar) = &config.environments.values().next().unwrap().broker else { panic!("not pulsar") };
     assert!(matches!(&pulsar.auth, broker::PulsarAuth::Token(t) if t.expose() == "t"));
