@@ -44,4 +44,5 @@ pub mod bridge;
 pub mod delivery;
 pub mod relay;
 // 6
+pub mod app;
 pub mod cli;
