@@ -22,6 +22,9 @@ use crate::ids::{Key, Tenant, Workflow};
 use crate::outbox::Sequence;
 use crate::payloads::Filter;
 
+/// Longer than any class of error that delivery knows.
+const ERROR_CLASS_MAX: usize = 100;
+
 /// One page of dead letters.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct DeadLetterPage {
@@ -51,6 +54,9 @@ pub async fn list(State(bridge): State<Bridge>, request: Request) -> Response<Bo
         let names = ["tenant", "workflow", "error_class", "since", "until", "limit", "cursor"];
         let asking = Asking::read(&head.uri, &names)?;
         let error_class = asking.text("error_class").map(str::to_owned);
+        if error_class.as_ref().is_some_and(|class| class.is_empty() || class.len() > ERROR_CLASS_MAX) {
+            return Err(Problem::malformed(format!("query parameter error_class: 1 to {ERROR_CLASS_MAX} bytes")));
+        }
         let filter = Filter { states: vec![Phase::Dead], error_class, ..asked.filter(&asking)? };
         let page = asked.dead(filter, asking.text("cursor")).await?;
         Ok(json(StatusCode::OK, &page))
