@@ -4,4 +4,5 @@
 //! Run one module with `tests/real/run.sh n8n`.
 
 mod n8n;
+mod postgres;
 mod support;
