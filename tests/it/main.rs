@@ -1,5 +1,6 @@
 //! Integration tests with embedded parts: the built binary, a receiver in n8n's place, no other server.
 
+mod delivery;
 mod process;
 #[path = "../support/mod.rs"]
 mod support;
