@@ -68,12 +68,17 @@ install_rust() {
     return 0
   fi
   say "no Rust toolchain: getting one with rustup into ~/.cargo and ~/.rustup"
-  local installer
-  installer=$(mktemp)
-  curl --proto '=https' --tlsv1.2 -fsS https://sh.rustup.rs -o "$installer" ||
-    { rm -f "$installer"; die "cannot reach rustup; install Rust $RUST_MIN or newer by hand and run this again"; }
-  sh "$installer" -y --no-modify-path --profile minimal --component clippy,rustfmt
-  rm -f "$installer"
+  local dir from
+  dir=$(mktemp -d)
+  # Where https://sh.rustup.rs would get it from.
+  from=https://static.rust-lang.org/rustup/dist/$(uname -m)-unknown-linux-gnu
+  curl --proto '=https' --tlsv1.2 -fsS "$from/rustup-init" -o "$dir/rustup-init" &&
+    curl --proto '=https' --tlsv1.2 -fsS "$from/rustup-init.sha256" -o "$dir/sum" ||
+    { rm -rf "$dir"; die "cannot reach rustup at $from; install Rust $RUST_MIN or newer by hand and run this again"; }
+  [ "$(sha256sum <"$dir/rustup-init" | cut -d' ' -f1)" = "$(cut -d' ' -f1 "$dir/sum")" ] || die "rustup-init came damaged; try again"
+  chmod +x "$dir/rustup-init"
+  "$dir/rustup-init" -y -q --no-modify-path --profile minimal --component clippy,rustfmt --default-toolchain stable
+  rm -rf "$dir"
 }
 
 groups=("$@")
