@@ -25,6 +25,7 @@ pub mod ids;
 pub mod units;
 // 1
 pub mod config;
+pub mod seal;
 // 2
 pub mod observe;
 // 3
@@ -34,8 +35,11 @@ pub mod broker;
 pub mod n8n;
 pub mod outbox;
 pub mod payloads;
+pub mod references;
 pub mod routing;
 // 5
 pub mod admin;
+pub mod delivery;
+pub mod relay;
 // 6
 pub mod cli;
