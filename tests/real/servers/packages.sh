@@ -7,7 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")" && . ./lib.sh
 
-RUST_MIN=1.95
+# The oldest that builds it, and the one that is fetched where there is none: lints differ between versions.
+RUST_MIN=1.95.0
 
 declare -A PACKAGES=(
   [build]="ca-certificates curl gcc g++ make cmake pkg-config protobuf-compiler libsystemd-dev"
@@ -43,6 +44,7 @@ install_packages() {
     [ "$group" = n8n ] && ! command -v npm >/dev/null && wanted+=(npm)
   done
   [ ${#wanted[@]} -gt 0 ] || return 0
+  mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | sort -u)
   command -v apt-get >/dev/null || die "please install: ${wanted[*]} (there is no apt-get here)"
   say "installing Debian packages: ${wanted[*]}"
   local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -qq)
@@ -63,8 +65,8 @@ install_rust() {
   fi
   if command -v rustup >/dev/null; then
     say "Rust $RUST_MIN or newer is needed (found ${have:-none}): rustup gets it"
-    rustup toolchain install stable --profile minimal --component clippy,rustfmt
-    rustup default stable
+    rustup toolchain install "$RUST_MIN" --profile minimal --component clippy,rustfmt
+    rustup default "$RUST_MIN"
     return 0
   fi
   say "no Rust toolchain: getting one with rustup into ~/.cargo and ~/.rustup"
@@ -77,7 +79,7 @@ install_rust() {
     { rm -rf "$dir"; die "cannot reach rustup at $from; install Rust $RUST_MIN or newer by hand and run this again"; }
   [ "$(sha256sum <"$dir/rustup-init" | cut -d' ' -f1)" = "$(cut -d' ' -f1 "$dir/sum")" ] || die "rustup-init came damaged; try again"
   chmod +x "$dir/rustup-init"
-  "$dir/rustup-init" -y -q --no-modify-path --profile minimal --component clippy,rustfmt --default-toolchain stable
+  "$dir/rustup-init" -y -q --no-modify-path --profile minimal --component clippy,rustfmt --default-toolchain "$RUST_MIN"
   rm -rf "$dir"
 }
 
