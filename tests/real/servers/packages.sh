@@ -66,7 +66,8 @@ install_rust() {
   if command -v rustup >/dev/null; then
     say "Rust $RUST_MIN or newer is needed (found ${have:-none}): rustup gets it"
     rustup toolchain install "$RUST_MIN" --profile minimal --component clippy,rustfmt
-    rustup default "$RUST_MIN"
+    # For this checkout only.
+    (cd ../../.. && rustup override set "$RUST_MIN")
     return 0
   fi
   say "no Rust toolchain: getting one with rustup into ~/.cargo and ~/.rustup"
