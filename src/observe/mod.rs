@@ -6,6 +6,8 @@
 //!
 //! Metric names follow Prometheus: `dealscale_<part>_<what>_<unit>` with `_total`, `_seconds`, `_bytes`.
 
+pub mod bridge;
+pub mod broker;
 pub mod delivery;
 pub mod health;
 pub mod logs;
