@@ -73,7 +73,6 @@ struct Room {
     broker: Broker,
     relay: Relay,
     delivery: Delivery,
-    n8n_url: String,
 }
 
 impl App {
@@ -93,12 +92,9 @@ impl App {
             back.spawn("trace.export", exporter);
         }
         let keys = Arc::new(KeyRing::open(&config.signing)?);
-        // Two appliances of one fleet must not be taken for one: random, per process.
-        let owner = uuid::Uuid::now_v7().to_string();
-
         let (mut rooms, mut bridge_parts) = (BTreeMap::new(), BTreeMap::new());
         for environment in config.environments.values() {
-            let (room, parts) = open_room(environment, &keys, &owner, &clock, &work, &back).await?;
+            let (room, parts) = open_room(environment, &keys, &clock, &work, &back).await?;
             rooms.insert(environment.name.clone(), room);
             bridge_parts.insert(environment.name.clone(), parts);
         }
@@ -196,7 +192,6 @@ impl App {
 async fn open_room(
     config: &EnvironmentConfig,
     keys: &Arc<KeyRing>,
-    owner: &str,
     clock: &Clock,
     work: &Supervisor,
     back: &Supervisor,
@@ -231,6 +226,7 @@ async fn open_room(
         let finals = finals.clone();
         Arc::new(move |key: &crate::ids::Key, state| finals.notify(key, state))
     };
+    let alarm = delivery::Alarm::default();
     let delivery = Delivery::start(
         delivery::Parts {
             config: shared.clone(),
@@ -238,11 +234,12 @@ async fn open_room(
             broker: broker.clone(),
             n8n: n8n.clone(),
             clock: clock.clone(),
-            owner: owner.to_owned(),
             on_final: on_final.clone(),
+            alarm: alarm.clone(),
         },
         work,
     );
+    let delivery = delivery.map_err(|e| at("delivery", e))?;
     let relay = Relay::start(
         relay::Parts {
             config: shared,
@@ -255,10 +252,7 @@ async fn open_room(
                 let receipts = receipts.clone();
                 Arc::new(move |key, message_id| receipts.notify(key, message_id))
             },
-            on_delayed: {
-                let delivery = delivery.clone();
-                Arc::new(move |at| delivery.wake_at(at))
-            },
+            on_delayed: Arc::new(move |at| alarm.at(at)),
         },
         back,
     );
@@ -271,7 +265,6 @@ async fn open_room(
         finals,
         receipts,
     };
-    let room = Room { outbox, store, broker, relay, delivery, n8n_url: config.n8n.url.clone() };
     Ok((room, parts))
 }
 
@@ -354,11 +347,6 @@ impl Inner {
         let old = self.config();
         self.bridge.reload(&new).map_err(|e| vec![e])?;
         self.logs.refilter(&new.log);
-        for (name, environment) in &new.environments {
-            if let Some(room) = self.rooms.get(name) {
-                room.delivery.reload(Arc::new(environment.clone()));
-            }
-        }
         let needs_restart = needs_restart(&old, &new);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = new;
         tracing::info!(needs_restart = needs_restart.join(", "), "the configuration was read again");
@@ -373,8 +361,11 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
         match inside {
             Some(inside) => ["dir", "n8n.", "outbox.", "payloads.", "broker."].iter().any(|p| inside.starts_with(p)),
             None => {
-                ["state_dir", "admin.", "trace.", "signing.", "log.dir", "log.format", "log.files_max"].iter().any(|p| key.starts_with(p))
-                    || ["bridge.listen", "bridge.connections_max", "bridge.header_bytes_max", "bridge.header_timeout"].contains(&key)
+                ["state_dir", "admin.", "trace.", "signing.", "log.dir", "log.format", "log.files_max"]
+                    .iter()
+                    .any(|p| key.starts_with(p))
+                    || ["bridge.listen", "bridge.connections_max", "bridge.header_bytes_max", "bridge.header_timeout"]
+                        .contains(&key)
             }
         }
     };
@@ -403,9 +394,11 @@ impl Room {
             _ if full => part("outbox", Level::Down, format!("full: {held}")),
             (Some(loss), _) => part("outbox", Level::Degraded, format!("data_loss_possible: {loss}")),
             (None, Some(error)) => part("outbox", Level::Degraded, format!("{held}; last error: {error}")),
-            (None, None) if outbox.poisoned > 0 => {
-                part("outbox", Level::Degraded, format!("{held}; {} poisoned: `dealscale outbox ls --poisoned`", outbox.poisoned))
-            }
+            (None, None) if outbox.poisoned > 0 => part(
+                "outbox",
+                Level::Degraded,
+                format!("{held}; {} poisoned: `dealscale outbox ls --poisoned`", outbox.poisoned),
+            ),
             (None, None) => part("outbox", Level::Ok, held),
         };
         let store = self.store.status().await;
@@ -419,7 +412,11 @@ impl Room {
         let broker = if broker.connected {
             part("broker", Level::Ok, broker.kind.to_owned())
         } else {
-            part("broker", Level::Degraded, format!("{} is away: {}", broker.kind, broker.last_error.unwrap_or_default()))
+            part(
+                "broker",
+                Level::Degraded,
+                format!("{} is away: {}", broker.kind, broker.last_error.unwrap_or_default()),
+            )
         };
         let relay = self.relay.status();
         let relay = if relay.failing {
@@ -427,16 +424,27 @@ impl Room {
         } else {
             part("relay", Level::Ok, format!("{} relayed", relay.relayed_total))
         };
-        vec![outbox, store, broker, relay, self.delivery.part(&format!("{name}/delivery"), &self.n8n_url)]
+        let delivery = self.delivery.status();
+        let delivery = if !delivery.breakers_open.is_empty() {
+            let text = format!("not called at present: {}; events wait", delivery.breakers_open.join(", "));
+            part("delivery", Level::Degraded, text)
+        } else if delivery.keys_held > 0 {
+            let text =
+                format!("{} ordering keys wait for a dead letter: `dealscale dead-letters ls`", delivery.keys_held);
+            part("delivery", Level::Degraded, text)
+        } else if let Some(error) = delivery.last_error.filter(|_| delivery.paused) {
+            part("delivery", Level::Degraded, error)
+        } else {
+            part("delivery", Level::Ok, format!("{} under way, {} followed", delivery.working, delivery.following))
+        };
+        vec![outbox, store, broker, relay, delivery]
     }
 }
 
 /// Makes a state folder that only we can read.
 fn make_dir(dir: &std::path::Path) -> Result<(), String> {
     use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o750)
-        .create(dir)
-        .map_err(|e| format!("cannot make the folder {}: {e}; make it, or choose another with --state-dir", dir.display()))
+    std::fs::DirBuilder::new().recursive(true).mode(0o750).create(dir).map_err(|e| {
+        format!("cannot make the folder {}: {e}; make it, or choose another with --state-dir", dir.display())
+    })
 }

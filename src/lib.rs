@@ -40,11 +40,9 @@ pub mod references;
 pub mod routing;
 // 5
 pub mod admin;
-<<<<<<< HEAD
+pub mod bridge;
 pub mod delivery;
 pub mod relay;
 // 6
+pub mod app;
 pub mod cli;
-=======
-pub mod bridge;
->>>>>>> bridge

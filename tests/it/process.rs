@@ -42,7 +42,14 @@ async fn what_was_accepted_survives_kill_9_and_arrives_with_the_same_webhook_id(
     let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
     // n8n answers after the kill: the first attempt's outcome is unknown, so it is delivered again.
     receiver.script([Reply::status(200).after(Duration::from_secs(30))]);
-    let mut appliance = Appliance::start(dir.path(), &format!("{}[environments.production.delivery]\nclaim = \"1s\"\nsweep_after = \"1s\"\nsweep_interval = \"200ms\"\n", to(&receiver))).await;
+    let mut appliance = Appliance::start(
+        dir.path(),
+        &format!(
+            "{}[environments.production.delivery]\nclaim = \"1s\"\nsweep_after = \"1s\"\nsweep_interval = \"200ms\"\n",
+            to(&receiver)
+        ),
+    )
+    .await;
     let id = appliance.publish("orders", json!(1)).await;
     receiver.wait_for(1, SOON).await;
     appliance.kill();
@@ -82,13 +89,29 @@ async fn a_reload_is_applied_or_refused_as_a_whole() {
     let (code, _) = appliance.cli(&["reload"]);
     // The command line reads the same file for the socket's path, and refuses it first.
     assert_eq!(code, 78);
-    assert_eq!(appliance.post("/pulsar/publish", json!({"workflow": "w", "tenant_id": "t1", "payload": "x".repeat(2000)})).await.0, 202);
-    std::fs::write(&appliance.config, text.replace("[bridge]\n", "[bridge]\nbody_bytes_max = \"1KiB\"\n").replace("[admin]\n", "[admin]\n#")).unwrap();
+    assert_eq!(
+        appliance
+            .post("/pulsar/publish", json!({"workflow": "w", "tenant_id": "t1", "payload": "x".repeat(2000)}))
+            .await
+            .0,
+        202
+    );
+    std::fs::write(
+        &appliance.config,
+        text.replace("[bridge]\n", "[bridge]\nbody_bytes_max = \"1KiB\"\n").replace("[admin]\n", "[admin]\n#"),
+    )
+    .unwrap();
     let text = std::fs::read_to_string(&appliance.config).unwrap();
     std::fs::write(&appliance.config, text.replace("[admin]\n#", "[admin]\n")).unwrap();
     let (code, text) = appliance.cli(&["reload"]);
     assert_eq!(code, 0, "{text}");
-    assert_eq!(appliance.post("/pulsar/publish", json!({"workflow": "w", "tenant_id": "t1", "payload": "x".repeat(2000)})).await.0, 413);
+    assert_eq!(
+        appliance
+            .post("/pulsar/publish", json!({"workflow": "w", "tenant_id": "t1", "payload": "x".repeat(2000)}))
+            .await
+            .0,
+        413
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -32,7 +32,8 @@ impl Appliance {
         let bridge_table = if environment.contains("[bridge]") { "" } else { "[bridge]\ntoken_required = false\n" };
         let text = format!("{bridge_table}{environment}\n{tenants}");
         let text = text.replacen("[bridge]\n", &format!("[bridge]\nlisten = \"127.0.0.1:{bridge}\"\n"), 1);
-        let text = format!("state_dir = {:?}\n{text}\n[admin]\nlisten = \"127.0.0.1:{admin}\"\n", dir.display().to_string());
+        let text =
+            format!("state_dir = {:?}\n{text}\n[admin]\nlisten = \"127.0.0.1:{admin}\"\n", dir.display().to_string());
         std::fs::create_dir_all(dir).expect("a state folder");
         let config = dir.join("dealscale.toml");
         std::fs::write(&config, text).expect("a configuration file");

@@ -122,7 +122,13 @@ impl Receiver {
     }
 }
 
-async fn answer(State(inner): State<Arc<Mutex<Inner>>>, method: Method, uri: Uri, headers: HeaderMap, body: Bytes) -> Response {
+async fn answer(
+    State(inner): State<Arc<Mutex<Inner>>>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let reply = {
         let mut inner = inner.lock().unwrap();
         inner.seen.push(Seen { method, uri, headers, body, at: Instant::now() });
