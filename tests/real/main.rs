@@ -3,5 +3,7 @@
 //!
 //! Run one module with `tests/real/run.sh n8n`.
 
+#![allow(clippy::unwrap_used)] // all of it is tests, helpers included
+
 mod n8n;
 mod support;

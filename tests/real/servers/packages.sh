@@ -15,7 +15,7 @@ declare -A PACKAGES=(
   [test]="ca-certificates curl python3 procps"
   [n8n]="ca-certificates curl python3 g++ make procps"   # the compiler builds n8n's SQLite driver
   [postgres]="postgresql-15"
-  [pulsar]="curl openjdk-17-jre-headless"
+  [pulsar]="curl openssl maven openjdk-17-jre-headless"
   [lint]="python3 python3-venv"
 )
 
@@ -33,11 +33,13 @@ install_packages() {
     list=${PACKAGES[$group]}
     # Debian 13 has the next major version of PostgreSQL and of Java.
     if [ "$(. /etc/os-release && echo "${VERSION_ID:-}")" = 13 ]; then
-      list=${list/postgresql-15/postgresql-17}; list=${list/openjdk-17/openjdk-21}
+      list=${list/postgresql-15/postgresql-17}
+      command -v java >/dev/null || list=${list/openjdk-17/openjdk-21}
     fi
     # A server from elsewhere (pgdg, another JDK) serves as well.
     [ "$group" = postgres ] && compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && continue
-    [ "$group" = pulsar ] && command -v java >/dev/null && list=curl
+    [ "$group" = pulsar ] && command -v java >/dev/null && list=${list/ openjdk-17-jre-headless/}
+    [ "$group" = pulsar ] && command -v mvn >/dev/null && list=${list/ maven/}
     # shellcheck disable=SC2206
     wanted+=($(missing $list))
     # npm: any will do (NodeSource's package is called nodejs and brings it along).
