@@ -12,7 +12,7 @@
 //! 6  main cli app                      app.rs alone wires parts together
 //! 5  bridge relay delivery             what the appliance does
 //! 4  routing outbox broker payloads n8n   one outside system each
-//! 3  supervise                         tasks, readiness, drain
+//! 3  supervise finals                  tasks, readiness, drain; who waits for an event
 //! 2  observe                           events = log + metric, traces, health
 //! 1  config                            one file per part, checked newtypes
 //! 0  units ids clock event             words
@@ -25,17 +25,24 @@ pub mod ids;
 pub mod units;
 // 1
 pub mod config;
+pub mod seal;
 // 2
 pub mod observe;
 // 3
+pub mod finals;
 pub mod supervise;
 // 4
 pub mod broker;
 pub mod n8n;
 pub mod outbox;
 pub mod payloads;
+pub mod references;
 pub mod routing;
 // 5
 pub mod admin;
+pub mod bridge;
+pub mod delivery;
+pub mod relay;
 // 6
+pub mod app;
 pub mod cli;

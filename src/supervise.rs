@@ -42,6 +42,11 @@ impl Supervisor {
         (Self { shutdown: CancellationToken::new(), tasks: TaskTracker::new(), failed }, Failures(failures))
     }
 
+    /// Another group of tasks with a shutdown of its own, reporting to the same [`Failures`].
+    pub fn sibling(&self) -> Self {
+        Self { shutdown: CancellationToken::new(), tasks: TaskTracker::new(), failed: self.failed.clone() }
+    }
+
     /// Cancelled when the process is to end: every loop selects on it.
     pub fn shutdown(&self) -> CancellationToken {
         self.shutdown.clone()

@@ -25,6 +25,7 @@ use axum::{Json, Router};
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 
+pub use outbox::RecordView;
 pub use socket::{Peer, bind as bind_socket};
 
 use crate::ids::Environment;

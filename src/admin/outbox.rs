@@ -52,6 +52,18 @@ impl RecordView {
         }
     }
 
+    /// An event to import.
+    pub fn of(event: &Event) -> Self {
+        Self {
+            sequence: None,
+            leased: false,
+            poisoned: None,
+            bytes: event.body.len() as u64,
+            envelope: event.envelope.clone(),
+            body: Some(STANDARD.encode(&event.body)),
+        }
+    }
+
     /// Back into an event. The body must be the one that was hashed.
     ///
     /// # Errors

@@ -85,7 +85,7 @@ pub async fn run(global: &Global, command: Command) -> Outcome {
         Command::Ls { filter, cursor, limit } => {
             let mut pairs = filter.pairs();
             pairs.extend([("cursor", cursor), ("limit", Some(limit.to_string()))]);
-            executions::list(global, &client.get(&query("/dead-letters", &pairs)).await?, "dead_letters")
+            executions::list(global, &client.get(&query("/dead-letters", &pairs)).await?)
         }
         Command::Show { id, tenant } => {
             executions::show(global, &client.get(&query(&format!("/dead-letters/{id}"), &tenant_of(tenant))).await?)

@@ -64,7 +64,7 @@ pub async fn run(global: &Global, command: Command) -> Outcome {
                     ("limit", Some(limit.to_string())),
                 ],
             );
-            list(global, &client.get(&path).await?, "executions")
+            list(global, &client.get(&path).await?)
         }
         Command::Show { id, tenant } => {
             show(global, &client.get(&query(&format!("/executions/{id}"), &[("tenant", text(tenant))])).await?)
@@ -84,12 +84,12 @@ pub async fn run(global: &Global, command: Command) -> Outcome {
     }
 }
 
-/// A page of events; `key` is where the answer has them.
-pub(super) fn list(global: &Global, page: &Value, key: &str) -> Outcome {
+/// A page of events.
+pub(super) fn list(global: &Global, page: &Value) -> Outcome {
     if global.json {
         return output::json(page);
     }
-    let rows = page[key].as_array().cloned().unwrap_or_default();
+    let rows = page["executions"].as_array().cloned().unwrap_or_default();
     output::table(
         &["execution", "tenant", "workflow", "state", "attempts", "accepted", "error"],
         rows.iter().map(|r| {
@@ -98,7 +98,7 @@ pub(super) fn list(global: &Global, page: &Value, key: &str) -> Outcome {
                 .to_vec()
         }),
     )?;
-    match &page["next_cursor"] {
+    match &page["next"] {
         Value::String(next) => output::line(format!("\nmore: --cursor {next}")),
         _ => Ok(()),
     }

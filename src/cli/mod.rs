@@ -19,11 +19,14 @@ mod client;
 mod config_show;
 mod dead_letters;
 mod executions;
+mod outbox;
 mod output;
 mod publish;
 mod routes;
+mod serve;
 mod status;
 mod token;
+mod topology;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -60,6 +63,8 @@ struct Global {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    /// Run the appliance in the foreground
+    Serve,
     /// Check the configuration and print every problem
     Check,
     /// The effective configuration
@@ -77,6 +82,12 @@ enum Command {
     /// Events that could not be delivered
     #[command(subcommand)]
     DeadLetters(dead_letters::Command),
+    /// The durable local queue
+    #[command(subcommand)]
+    Outbox(outbox::Command),
+    /// Pulsar's tenant, namespace, topics and subscriptions, against the topics file
+    #[command(subcommand)]
+    Topology(topology::Command),
     /// Which route an event would take, and why
     #[command(subcommand)]
     Routes(routes::Command),
@@ -145,6 +156,7 @@ pub fn run() -> ExitCode {
 fn dispatch(cli: Cli) -> Outcome {
     let global = &cli.global;
     match cli.command {
+        Command::Serve => serve::run(global),
         Command::Check => check::run(global),
         Command::Config(command) => config_show::run(global, command),
         Command::Routes(command) => routes::run(global, command),
@@ -159,6 +171,8 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Publish(command) => block_on(publish::run(global, command)),
         Command::Executions(command) => block_on(executions::run(global, command)),
         Command::DeadLetters(command) => block_on(dead_letters::run(global, command)),
+        Command::Outbox(command) => block_on(outbox::run(global, command)),
+        Command::Topology(command) => block_on(topology::run(global, command)),
     }
 }
 

@@ -25,6 +25,7 @@ pub mod routes;
 pub mod signing;
 #[cfg(test)]
 mod tests;
+pub mod topics;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

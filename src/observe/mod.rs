@@ -6,8 +6,14 @@
 //!
 //! Metric names follow Prometheus: `dealscale_<part>_<what>_<unit>` with `_total`, `_seconds`, `_bytes`.
 
+pub mod bridge;
+pub mod broker;
+pub mod delivery;
 pub mod health;
 pub mod logs;
+pub mod n8n;
+pub mod payloads;
+pub mod relay;
 pub mod trace;
 
 use std::sync::LazyLock;

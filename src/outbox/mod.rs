@@ -304,3 +304,48 @@ impl Local {
         unimplemented!()
     }
 }
+
+/// (Contract.)
+pub mod tools {
+    use std::path::Path;
+
+    use super::{Error, Outbox};
+    use crate::config;
+    use crate::event::Event;
+    use crate::ids::Environment;
+
+    pub struct Entry {
+        pub event: Event,
+        pub poisoned: Option<String>,
+    }
+    #[derive(serde::Serialize)]
+    pub struct Report {
+        pub records: u64,
+    }
+    impl Report {
+        pub fn is_sound(&self) -> bool {
+            unimplemented!()
+        }
+    }
+    pub fn verify(_config: &config::Outbox) -> Result<Report, Error> {
+        unimplemented!()
+    }
+    pub fn open_alone(_config: &config::Outbox, _environment: &Environment) -> Result<Outbox, Error> {
+        unimplemented!()
+    }
+    pub struct Export {}
+    impl Export {
+        pub fn create(_dir: &Path) -> std::io::Result<Self> {
+            unimplemented!()
+        }
+        pub fn write(&mut self, _event: &Event, _poisoned: Option<&str>) -> std::io::Result<()> {
+            unimplemented!()
+        }
+        pub fn finish(self) -> std::io::Result<u64> {
+            unimplemented!()
+        }
+    }
+    pub fn read_export(_dir: &Path) -> std::io::Result<Box<dyn Iterator<Item = std::io::Result<Entry>>>> {
+        unimplemented!()
+    }
+}

@@ -1,0 +1,54 @@
+# The few commands. `make run` and `make test` also install what they need on a Debian machine (root or sudo).
+
+SHELL := /bin/bash
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+SERVERS := tests/real/servers
+# What the caller chooses on make's command line reaches the scripts.
+export N8N N8N_URL N8N_API_KEY N8N_PORT N8N_BROKER_PORT FASTAPI_BRIDGE_PORT DEALSCALE_ADMIN_PORT DEALSCALE_STATE BRIDGE_URL
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-long test-real bench lint deny fmt ci clean-state
+
+help:
+	@echo 'make run         the main job on a real n8n, from nothing; stays up (N8N=none, N8N_URL=…, *_PORT=…)'
+	@echo 'make test        unit, simulation, crash and integration tests, with embedded parts only'
+	@echo 'make test-real   the same promises against real PostgreSQL, Pulsar, n8n and an OAuth2 server'
+	@echo 'make test-long   the long crash tests and simulations'
+	@echo 'make bench       the figures of docs/benchmarks.md'
+	@echo 'make lint        formatting, clippy, licences and bans'
+	@echo 'make ci          all that has to pass: lint, test, test-real'
+	@echo 'make clean-state removes .state of this checkout'
+
+run:
+	@tests/real/main-job.sh
+
+test:
+	@$(SERVERS)/packages.sh build test
+	cargo test --locked
+
+test-long:
+	@$(SERVERS)/packages.sh build test
+	DEALSCALE_TEST_LONG=1 cargo test --locked -- --include-ignored
+
+test-real:
+	@tests/real/run.sh
+
+bench:
+	@$(SERVERS)/packages.sh build test
+	benches/run.sh
+
+lint: deny
+	cargo fmt --all --check
+	cargo clippy --locked --all-targets -- -D warnings
+
+deny:
+	@tests/real/servers/deny.sh
+
+fmt:
+	cargo fmt --all
+
+ci:
+	@.ci/run
+
+clean-state:
+	rm -rf .state

@@ -1,0 +1,450 @@
+//! The composition root: builds each part from its configuration and connects them. The whole arrow is visible here.
+//!
+//! ```text
+//! bridge ─▶ outbox ─▶ relay ─▶ store, broker ─▶ delivery ─▶ n8n
+//!    ▲                  │ receipts                 │ finals
+//!    └──────────────────┴──────────────────────────┘
+//! ```
+//!
+//! # Invariants
+//! 1. Start: bind → open state → ready. A part that is merely away (Pulsar, PostgreSQL, n8n) never stops the start; state that cannot be
+//!    read does. A port in use degrades that listener only, and is tried again.
+//! 2. Stop, in reverse of the arrow: no new deliveries and no long polls, while publishes go on being taken; when deliveries are done (or the deadline
+//!    has come) the listeners close and finish their requests; then the relay, then the stores. Killed instead, nothing is lost.
+//! 3. Environments share nothing but listeners, accounts and the key ring.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{self, Admin};
+use crate::bridge::{self, Bridge};
+use crate::broker::{Broker, KeyRing, Topics};
+use crate::clock::Clock;
+use crate::config::{self, Config, EnvironmentConfig, Overrides};
+use crate::delivery::{self, Delivery};
+use crate::finals::{Finals, Receipts};
+use crate::ids::Environment;
+use crate::n8n::N8n;
+use crate::observe::health::{Level, Part, Report};
+use crate::observe::logs::Logs;
+use crate::observe::trace;
+use crate::outbox::Outbox;
+use crate::payloads::Store;
+use crate::relay::{self, Relay};
+use crate::supervise::{Failures, Supervisor};
+use crate::units::Bytes;
+
+/// A listener whose port is taken is tried again this often.
+const BIND_AGAIN: Duration = Duration::from_secs(2);
+/// What the relay and the stores may take at the end: one batch and one sync, with room for a slow disk.
+const CLOSE_MAX: Duration = Duration::from_secs(10);
+
+/// A running appliance.
+pub struct App {
+    inner: Arc<Inner>,
+    stop: bridge::Stop,
+    /// Delivery: ends first.
+    work: Supervisor,
+    /// Listeners: end when deliveries are done.
+    front: Supervisor,
+    /// Relay and exporters: end last.
+    back: Supervisor,
+}
+
+struct Inner {
+    overrides: Overrides,
+    config: Mutex<Config>,
+    logs: Logs,
+    bridge: Bridge,
+    rooms: BTreeMap<Environment, Room>,
+    listeners: Mutex<BTreeMap<&'static str, Part>>,
+}
+
+/// One environment at work.
+struct Room {
+    outbox: Outbox,
+    store: Store,
+    broker: Broker,
+    relay: Relay,
+    delivery: Delivery,
+}
+
+impl App {
+    /// Builds and starts everything.
+    ///
+    /// # Errors
+    /// State that cannot be opened, with what to do about it.
+    pub async fn start(config: Config, overrides: Overrides, logs: Logs) -> Result<(Self, Failures), String> {
+        let (supervisor, failures) = Supervisor::new();
+        let (work, front, back) = (supervisor.sibling(), supervisor.sibling(), supervisor);
+        let clock = Clock::System;
+        if config.bare {
+            tracing::warn!("no configuration file: embedded defaults, any tenant, and publishing without a token");
+        }
+        make_dir(&config.state_dir)?;
+        if let Some(exporter) = trace::exporter(&config.trace, back.shutdown())? {
+            back.spawn("trace.export", exporter);
+        }
+        let keys = Arc::new(KeyRing::open(&config.signing)?);
+        let (mut rooms, mut bridge_parts) = (BTreeMap::new(), BTreeMap::new());
+        for environment in config.environments.values() {
+            let (room, parts) = open_room(environment, &keys, &clock, &work, &back).await?;
+            rooms.insert(environment.name.clone(), room);
+            bridge_parts.insert(environment.name.clone(), parts);
+        }
+        let bridge = Bridge::new(&config, bridge_parts, clock)?;
+        let (listen, admin_listen) = (config.bridge.listen, config.admin.listen);
+        let socket = config.admin.socket.clone();
+        let inner = Arc::new(Inner {
+            overrides,
+            config: Mutex::new(config),
+            logs,
+            bridge: bridge.clone(),
+            rooms,
+            listeners: Mutex::default(),
+        });
+
+        let stop = bridge::Stop::default();
+        let admin = inner.clone().admin();
+        front.spawn("bridge", {
+            let (inner, stop, bridge) = (inner.clone(), stop.clone(), bridge.clone());
+            async move {
+                if let Some(listener) = inner.listen("bridge", listen, &stop.last).await {
+                    bridge::serve(listener, bridge, stop).await;
+                }
+            }
+        });
+        front.spawn("admin", {
+            let (inner, last, router) = (inner.clone(), stop.last.clone(), admin.public());
+            async move {
+                if let Some(listener) = inner.listen("admin", admin_listen, &last).await {
+                    let served = axum::serve(listener, router).with_graceful_shutdown(last.cancelled_owned()).await;
+                    if let Err(error) = served {
+                        tracing::error!(%error, "the admin listener ended");
+                    }
+                }
+            }
+        });
+        front.spawn("admin.socket", {
+            let (inner, last) = (inner.clone(), stop.last.clone());
+            let router = admin.operator().merge(bridge::operator(bridge));
+            async move {
+                let listener = match admin::bind_socket(&socket) {
+                    Ok(listener) => listener,
+                    Err(error) => {
+                        tracing::error!(path = %socket.display(), %error, "the admin socket cannot be served; the command line cannot operate");
+                        inner.listener("admin.socket", Level::Degraded, format!("{}: {error}", socket.display()));
+                        return last.cancelled().await;
+                    }
+                };
+                inner.listener("admin.socket", Level::Ok, socket.display().to_string());
+                let service = router.into_make_service_with_connect_info::<admin::Peer>();
+                let served = axum::serve(listener, service).with_graceful_shutdown(last.cancelled_owned()).await;
+                if let Err(error) = served {
+                    tracing::error!(%error, "the admin socket ended");
+                }
+                let _ = std::fs::remove_file(&socket);
+            }
+        });
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), bridge = %listen, admin = %admin_listen, "started");
+        Ok((Self { inner, stop, work, front, back }, failures))
+    }
+
+    /// Reads the configuration again; see [`Inner::reload`].
+    pub async fn reload(&self) -> Result<Value, Vec<String>> {
+        self.inner.clone().reload().await
+    }
+
+    /// Drains and ends; see invariant 2.
+    pub async fn stop(self) {
+        let deadline = self.inner.config().bridge.drain_timeout.0;
+        tracing::info!(deadline_seconds = deadline.as_secs(), "stopping: no new deliveries");
+        self.stop.draining.cancel();
+        if !self.work.drain(deadline).await {
+            tracing::warn!("deliveries were still under way at the deadline; they go on after the next start");
+        }
+        self.stop.last.cancel();
+        if !self.front.drain(deadline).await {
+            tracing::warn!("requests were still under way at the deadline");
+        }
+        if tokio::time::timeout(CLOSE_MAX, self.inner.bridge.finish()).await.is_err() {
+            tracing::warn!("records of direct calls were still being written at the deadline");
+        }
+        self.back.drain(CLOSE_MAX).await;
+        for (name, room) in &self.inner.rooms {
+            room.broker.close().await;
+            if let Err(error) = room.outbox.close().await {
+                tracing::error!(environment = %name, %error, "the outbox did not close in order");
+            }
+            room.store.close().await;
+        }
+        tracing::info!("stopped");
+    }
+}
+
+/// Opens one environment's state and starts its part of the arrow.
+async fn open_room(
+    config: &EnvironmentConfig,
+    keys: &Arc<KeyRing>,
+    clock: &Clock,
+    work: &Supervisor,
+    back: &Supervisor,
+) -> Result<(Room, bridge::Parts), String> {
+    let name = &config.name;
+    let at = |what: &str, error: String| format!("environment {name}: {what}: {error}");
+    make_dir(&config.dir)?;
+    let shared = Arc::new(config.clone());
+
+    let limits = {
+        let config = shared.clone();
+        move |tenant: &crate::ids::Tenant| match config.tenant(tenant) {
+            Some(tenant) => (tenant.weight, tenant.outbox_bytes_max),
+            // Its declaration was removed while its work waited: it keeps the smallest share.
+            None => (1, Bytes(0)),
+        }
+    };
+    let outbox = {
+        let (settings, name, clock) = (config.outbox.clone(), name.clone(), clock.clone());
+        let opened = tokio::task::spawn_blocking(move || Outbox::open(&settings, &name, Arc::new(limits), clock)).await;
+        opened.map_err(|e| at("outbox", e.to_string()))?.map_err(|e| at("outbox", e.to_string()))?
+    };
+    let store = Store::open(&config.payloads, &config.outbox, name, clock.clone()).await;
+    let store = store.map_err(|e| at("payloads", e.to_string()))?;
+    let routes = config.routes.iter().chain([&config.default_route]);
+    let topics = Topics { templates: routes.map(|r| r.topic.clone()).collect() };
+    let broker = Broker::open(&config.broker, name, keys.clone(), topics, &outbox, clock.clone());
+    let broker = broker.map_err(|e| at("broker", e.to_string()))?;
+    let n8n = N8n::new(&config.n8n).map_err(|e| at("n8n", e))?;
+    let (finals, receipts) = (Finals::default(), Receipts::default());
+    let on_final = {
+        let finals = finals.clone();
+        Arc::new(move |key: &crate::ids::Key, state| finals.notify(key, state))
+    };
+    let alarm = delivery::Alarm::default();
+    let delivery = Delivery::start(
+        delivery::Parts {
+            config: shared.clone(),
+            store: store.clone(),
+            broker: broker.clone(),
+            n8n: n8n.clone(),
+            clock: clock.clone(),
+            on_final: on_final.clone(),
+            alarm: alarm.clone(),
+        },
+        work,
+    );
+    let delivery = delivery.map_err(|e| at("delivery", e))?;
+    let relay = Relay::start(
+        relay::Parts {
+            config: shared,
+            outbox: outbox.clone(),
+            store: store.clone(),
+            broker: broker.clone(),
+            clock: clock.clone(),
+            on_final,
+            on_receipt: {
+                let receipts = receipts.clone();
+                Arc::new(move |key, message_id| receipts.notify(key, message_id))
+            },
+            on_delayed: Arc::new(move |at| alarm.at(at)),
+        },
+        back,
+    );
+    let parts = bridge::Parts {
+        outbox: outbox.clone(),
+        store: store.clone(),
+        broker: broker.clone(),
+        n8n,
+        keys: keys.clone(),
+        finals,
+        receipts,
+    };
+    Ok((room, parts))
+}
+
+impl Inner {
+    fn config(&self) -> Config {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn listener(&self, name: &'static str, level: Level, detail: String) {
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.insert(name, Part::new(name, level, detail));
+    }
+
+    /// Binds, and tries again while the port is taken. `None` when the end came first.
+    async fn listen(&self, name: &'static str, addr: SocketAddr, last: &CancellationToken) -> Option<TcpListener> {
+        loop {
+            match TcpListener::bind(addr).await {
+                Ok(listener) => {
+                    self.listener(name, Level::Ok, format!("listens on {addr}"));
+                    return Some(listener);
+                }
+                Err(error) => {
+                    let level = if name == "bridge" { Level::Down } else { Level::Degraded };
+                    let detail = format!("cannot listen on {addr}: {error}; it is tried again");
+                    tracing::error!(listener = name, %addr, %error, "cannot listen; it is tried again");
+                    self.listener(name, level, detail);
+                }
+            }
+            tokio::select! {
+                () = last.cancelled() => return None,
+                () = tokio::time::sleep(BIND_AGAIN) => {}
+            }
+        }
+    }
+
+    fn admin(self: Arc<Self>) -> Admin {
+        let (report, details, reload) = (self.clone(), self.clone(), self.clone());
+        Admin {
+            report: Arc::new(move || Box::pin(report.clone().report())),
+            details: Arc::new(move || Box::pin(details.clone().details())),
+            reload: Arc::new(move || Box::pin(reload.clone().reload())),
+            outboxes: self.rooms.iter().map(|(name, room)| (name.clone(), room.outbox.clone())).collect(),
+        }
+    }
+
+    /// State of each part.
+    async fn report(self: Arc<Self>) -> Report {
+        let mut parts: Vec<_> =
+            self.listeners.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for (name, room) in &self.rooms {
+            parts.extend(room.report(name).await);
+        }
+        Report::new(parts)
+    }
+
+    async fn details(self: Arc<Self>) -> Value {
+        let mut all = serde_json::Map::new();
+        for (name, room) in &self.rooms {
+            let details = json!({
+                "outbox": room.outbox.status(),
+                "payloads": room.store.status().await,
+                "broker": room.broker.status(),
+                "relay": room.relay.status(),
+                "delivery": room.delivery.status(),
+            });
+            all.insert(name.to_string(), details);
+        }
+        Value::Object(all)
+    }
+
+    /// Reads the configuration again. What can change does, for the next request; what cannot is named and stays. A configuration
+    /// with a problem is refused as a whole.
+    async fn reload(self: Arc<Self>) -> Result<Value, Vec<String>> {
+        let variables = |name: &str| std::env::var(name).ok();
+        let new = config::load(&self.overrides, &variables).map_err(|problems| {
+            let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+            tracing::error!(problems = problems.join("; "), "the configuration was refused; the old one goes on");
+            problems
+        })?;
+        let old = self.config();
+        self.bridge.reload(&new).map_err(|e| vec![e])?;
+        self.logs.refilter(&new.log);
+        let needs_restart = needs_restart(&old, &new);
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        tracing::info!(needs_restart = needs_restart.join(", "), "the configuration was read again");
+        Ok(json!({ "needs_restart": needs_restart }))
+    }
+}
+
+/// Keys that differ and that a reload does not apply.
+fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
+    let fixed = |key: &str| {
+        let inside = key.strip_prefix("environments.").and_then(|rest| rest.split_once('.')).map(|(_, inside)| inside);
+        match inside {
+            Some(inside) => ["dir", "n8n.", "outbox.", "payloads.", "broker."].iter().any(|p| inside.starts_with(p)),
+            None => {
+                ["state_dir", "admin.", "trace.", "signing.", "log.dir", "log.format", "log.files_max"]
+                    .iter()
+                    .any(|p| key.starts_with(p))
+                    || ["bridge.listen", "bridge.connections_max", "bridge.header_bytes_max", "bridge.header_timeout"]
+                        .contains(&key)
+            }
+        }
+    };
+    let values = |config: &Config| -> BTreeMap<String, String> {
+        config.effective.iter().filter(|e| fixed(&e.key)).map(|e| (e.key.clone(), e.shown.clone())).collect()
+    };
+    let (old_values, new_values) = (values(old), values(new));
+    let mut keys: Vec<_> = new_values
+        .iter()
+        .filter(|(key, value)| old_values.get(*key) != Some(value))
+        .map(|(key, _)| key.clone())
+        .chain(old_values.keys().filter(|key| !new_values.contains_key(*key)).cloned())
+        .collect();
+    keys.sort();
+    keys.dedup();
+    keys
+}
+
+impl Room {
+    async fn report(&self, name: &Environment) -> Vec<Part> {
+        let part = |what: &str, level: Level, detail: String| Part::new(format!("{name}/{what}"), level, detail);
+        let outbox = self.outbox.status();
+        let full = outbox.bytes >= outbox.bytes_max || outbox.records >= outbox.count_max;
+        let held = format!("{} records, {} of {}", outbox.records, Bytes(outbox.bytes), Bytes(outbox.bytes_max));
+        let outbox = match (&outbox.data_loss_possible, &outbox.last_error) {
+            _ if full => part("outbox", Level::Down, format!("full: {held}")),
+            (Some(loss), _) => part("outbox", Level::Degraded, format!("data_loss_possible: {loss}")),
+            (None, Some(error)) => part("outbox", Level::Degraded, format!("{held}; last error: {error}")),
+            (None, None) if outbox.poisoned > 0 => part(
+                "outbox",
+                Level::Degraded,
+                format!("{held}; {} poisoned: `dealscale outbox ls --poisoned`", outbox.poisoned),
+            ),
+            (None, None) => part("outbox", Level::Ok, held),
+        };
+        let store = self.store.status().await;
+        let store = match (store.reachable, store.last_error) {
+            (true, _) => part("payloads", Level::Ok, store.kind.to_owned()),
+            (false, error) => {
+                part("payloads", Level::Degraded, format!("{} is away: {}", store.kind, error.unwrap_or_default()))
+            }
+        };
+        let broker = self.broker.status();
+        let broker = if broker.connected {
+            part("broker", Level::Ok, broker.kind.to_owned())
+        } else {
+            part(
+                "broker",
+                Level::Degraded,
+                format!("{} is away: {}", broker.kind, broker.last_error.unwrap_or_default()),
+            )
+        };
+        let relay = self.relay.status();
+        let relay = if relay.failing {
+            part("relay", Level::Degraded, relay.last_error.unwrap_or_default())
+        } else {
+            part("relay", Level::Ok, format!("{} relayed", relay.relayed_total))
+        };
+        let delivery = self.delivery.status();
+        let delivery = if !delivery.breakers_open.is_empty() {
+            let text = format!("not called at present: {}; events wait", delivery.breakers_open.join(", "));
+            part("delivery", Level::Degraded, text)
+        } else if delivery.keys_held > 0 {
+            let text =
+                format!("{} ordering keys wait for a dead letter: `dealscale dead-letters ls`", delivery.keys_held);
+            part("delivery", Level::Degraded, text)
+        } else if let Some(error) = delivery.last_error.filter(|_| delivery.paused) {
+            part("delivery", Level::Degraded, error)
+        } else {
+            part("delivery", Level::Ok, format!("{} under way, {} followed", delivery.working, delivery.following))
+        };
+        vec![outbox, store, broker, relay, delivery]
+    }
+}
+
+/// Makes a state folder that only we can read.
+fn make_dir(dir: &std::path::Path) -> Result<(), String> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o750).create(dir).map_err(|e| {
+        format!("cannot make the folder {}: {e}; make it, or choose another with --state-dir", dir.display())
+    })
+}

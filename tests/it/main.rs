@@ -1,0 +1,5 @@
+//! Integration tests with embedded parts: the built binary, a receiver in n8n's place, no other server.
+
+mod process;
+#[path = "../support/mod.rs"]
+mod support;

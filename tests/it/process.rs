@@ -1,0 +1,182 @@
+//! The appliance as a process: start, stop, kill, reload, bad configuration, the command line.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::support::appliance::{Appliance, free_port};
+use crate::support::receiver::{Receiver, Reply};
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// Delivery to `receiver`, quick retries.
+fn to(receiver: &Receiver) -> String {
+    format!(
+        "[environments.production]\nwebhook = {:?}\n[environments.production.default_route.retry]\nmin = \"50ms\"\nmax = \"200ms\"\n",
+        receiver.url("/webhook/x")
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_goes_all_the_way() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let mut appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    let id = appliance.publish("orders", json!({"order": 4711})).await;
+    let event = appliance.wait_state(&id, &["delivered"], SOON).await;
+    let seen = receiver.wait_for(1, SOON).await;
+    assert_eq!(&seen[0].body[..], br#"{"order":4711}"#);
+    assert_eq!(seen[0].header("webhook-id"), id);
+    assert!(seen[0].header("traceparent").starts_with("00-"), "{:?}", seen[0].headers);
+    assert_eq!(event["execution_id"], id.as_str());
+    let (code, text) = appliance.cli(&["executions", "show", &id, "--tenant", "t1"]);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("delivered"), "{text}");
+    let (status, metrics) = appliance.admin("/metrics").await;
+    assert_eq!(status, 200);
+    assert!(metrics.contains("dealscale_"), "{metrics}");
+    assert!(appliance.stop().await, "{}", appliance.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_accepted_survives_kill_9_and_arrives_with_the_same_webhook_id() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    // n8n answers after the kill: the first attempt's outcome is unknown, so it is delivered again.
+    receiver.script([Reply::status(200).after(Duration::from_secs(30))]);
+    let mut appliance = Appliance::start(
+        dir.path(),
+        &format!(
+            "{}[environments.production.delivery]\nclaim = \"1s\"\nsweep_after = \"1s\"\nsweep_interval = \"200ms\"\n",
+            to(&receiver)
+        ),
+    )
+    .await;
+    let id = appliance.publish("orders", json!(1)).await;
+    receiver.wait_for(1, SOON).await;
+    appliance.kill();
+    appliance.launch().await;
+    appliance.wait_state(&id, &["delivered"], SOON).await;
+    let seen = receiver.wait_for(2, SOON).await;
+    assert!(seen.iter().all(|s| s.header("webhook-id") == id), "{seen:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_wait_while_n8n_is_down_and_no_attempt_is_burnt() {
+    let dir = tempfile::tempdir().unwrap();
+    let addr = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let text = format!(
+        "[environments.production]\nwebhook = \"http://{addr}/webhook/x\"\n[environments.production.delivery]\nbreaker_failures = 2\nbreaker_open = \"200ms\"\n\
+         [environments.production.default_route.retry]\nmin = \"50ms\"\nmax = \"200ms\"\nattempts_max = 4\n"
+    );
+    let appliance = Appliance::start(dir.path(), &text).await;
+    let mut ids = Vec::new();
+    for n in 0..10 {
+        ids.push(appliance.publish("orders", json!(n)).await);
+    }
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let receiver = Receiver::start_on(addr).await;
+    for id in &ids {
+        appliance.wait_state(id, &["delivered"], SOON).await;
+    }
+    assert_eq!(receiver.seen().len(), 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_is_applied_or_refused_as_a_whole() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    let text = std::fs::read_to_string(&appliance.config).unwrap();
+    std::fs::write(&appliance.config, text.replace("[bridge]\n", "[bridge]\nbody_bytes_max = \"oops\"\n")).unwrap();
+    let (code, _) = appliance.cli(&["reload"]);
+    // The command line reads the same file for the socket's path, and refuses it first.
+    assert_eq!(code, 78);
+    assert_eq!(
+        appliance
+            .post("/pulsar/publish", json!({"workflow": "w", "tenant_id": "t1", "payload": "x".repeat(2000)}))
+            .await
+            .0,
+        202
+    );
+    std::fs::write(
+        &appliance.config,
+        text.replace("[bridge]\n", "[bridge]\nbody_bytes_max = \"1KiB\"\n").replace("[admin]\n", "[admin]\n#"),
+    )
+    .unwrap();
+    let text = std::fs::read_to_string(&appliance.config).unwrap();
+    std::fs::write(&appliance.config, text.replace("[admin]\n#", "[admin]\n")).unwrap();
+    let (code, text) = appliance.cli(&["reload"]);
+    assert_eq!(code, 0, "{text}");
+    assert_eq!(
+        appliance
+            .post("/pulsar/publish", json!({"workflow": "w", "tenant_id": "t1", "payload": "x".repeat(2000)}))
+            .await
+            .0,
+        413
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_process_on_the_same_folder_is_refused() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    let (code, text) = appliance.cli(&["serve"]);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("another process holds"), "{text}");
+    assert_eq!(appliance.admin("/readyz").await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taken_port_degrades_that_listener_until_it_is_free() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let mut appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    appliance.kill();
+    let taken = std::net::TcpListener::bind(appliance.bridge).unwrap();
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let admin = format!("http://{}/readyz", appliance.admin);
+    // `launch` waits for readiness, which comes only when the port is free again.
+    let watch = tokio::spawn(async move {
+        for _ in 0..600 {
+            if let Ok(answer) = http.get(&admin).send().await {
+                assert_eq!(answer.status(), 503);
+                assert!(answer.text().await.unwrap().contains("cannot listen on"));
+                drop(taken);
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("the admin listener never answered");
+    });
+    appliance.launch().await;
+    watch.await.unwrap();
+    appliance.publish("orders", json!(1)).await;
+}
+
+#[test]
+fn a_bad_configuration_ends_with_78_and_every_problem() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dealscale.toml");
+    std::fs::write(&file, "[bridge]\nlisten = \"x\"\n[admin]\nlisten = \"hunter2\"\n").unwrap();
+    for command in ["check", "serve"] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_dealscale"))
+            .args([command, "--config"])
+            .arg(&file)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(78), "{text}");
+        assert!(text.contains("bridge.listen") && text.contains("admin.listen") && !text.contains("hunter2"), "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operating_needs_the_socket_not_loopback() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    for path in ["/admin/status", "/admin/outbox/status", "/admin/outbox/records"] {
+        assert_eq!(appliance.get(path).await.0, 404, "{path} on the bridge");
+        assert_eq!(appliance.admin(path).await.0, 404, "{path} on the admin listener");
+    }
+    let (code, text) = appliance.cli(&["--json", "status"]);
+    assert_eq!(code, 0, "{text}");
+    let status: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(status["level"], "ok", "{text}");
+}

