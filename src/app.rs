@@ -265,6 +265,7 @@ async fn open_room(
         finals,
         receipts,
     };
+    let room = Room { outbox, store, broker, relay, delivery };
     Ok((room, parts))
 }
 
