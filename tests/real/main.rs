@@ -3,6 +3,8 @@
 //!
 //! Run one module with `tests/real/run.sh n8n`.
 
+mod fuzz;
 mod n8n;
+mod oidc;
 mod postgres;
 mod support;
