@@ -9,23 +9,23 @@
 //! Layers; imports point downwards only:
 //!
 //! ```text
-//! 6  main cli app                      app.rs alone wires parts together
-//! 5  bridge relay delivery             what the appliance does
-//! 4  routing outbox broker payloads n8n   one outside system each
-//! 3  supervise finals                  tasks, readiness, drain; who waits for an event
-//! 2  observe                           events = log + metric, traces, health
-//! 1  config                            one file per part, checked newtypes
-//! 0  units ids clock event             words
+//! 6  main cli app                          app.rs alone wires parts together
+//! 5  bridge relay delivery admin           what the appliance does
+//! 4  routing references outbox broker payloads postgres n8n     one outside system each
+//! 3  supervise finals                      tasks, readiness, drain; who waits for what
+//! 2  observe                               events = log + metric, traces, health
+//! 1  config                                one file per part, checked newtypes
+//! 0  units ids clock event seal            words
 //! ```
 
 // 0
 pub mod clock;
 pub mod event;
 pub mod ids;
+pub mod seal;
 pub mod units;
 // 1
 pub mod config;
-pub mod seal;
 // 2
 pub mod observe;
 // 3
@@ -36,6 +36,7 @@ pub mod broker;
 pub mod n8n;
 pub mod outbox;
 pub mod payloads;
+pub mod postgres;
 pub mod references;
 pub mod routing;
 // 5

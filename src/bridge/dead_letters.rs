@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Bridge;
-use super::executions::{Cursor, Execution, ExecutionPage, POISONED, StateNow};
+use super::executions::{Cursor, Execution, POISONED, StateNow};
 use super::replay::Job;
 use super::request;
 use super::respond::{Kind, Problem};
@@ -21,6 +21,18 @@ use crate::event::State as Phase;
 use crate::ids::{Key, Tenant, Workflow};
 use crate::outbox::Sequence;
 use crate::payloads::Filter;
+
+/// Longer than any class of error that delivery knows.
+const ERROR_CLASS_MAX: usize = 100;
+
+/// One page of dead letters.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct DeadLetterPage {
+    pub dead_letters: Vec<Execution>,
+    /// For `?cursor=` of the next page; absent on the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_cursor: Option<String>,
+}
 
 /// Dead letters, newest first; poisoned records come before the others.
 #[utoipa::path(
@@ -32,9 +44,9 @@ use crate::payloads::Filter;
         ("since" = Option<String>, Query, description = "Accepted at this time or later (RFC 3339)", format = DateTime),
         ("until" = Option<String>, Query, description = "Accepted before this time (RFC 3339)", format = DateTime),
         ("limit" = Option<u16>, Query, description = "Events in a page; 50 when not given", minimum = 1, maximum = 500),
-        ("cursor" = Option<String>, Query, description = "`next` of the former page"),
+        ("cursor" = Option<String>, Query, description = "`next_cursor` of the former page"),
     ),
-    responses((status = 200, description = "One page", body = ExecutionPage))
+    responses((status = 200, description = "One page", body = DeadLetterPage))
 )]
 pub async fn list(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
     answer(request, |head, _| async move {
@@ -42,6 +54,9 @@ pub async fn list(State(bridge): State<Bridge>, request: Request) -> Response<Bo
         let names = ["tenant", "workflow", "error_class", "since", "until", "limit", "cursor"];
         let asking = Asking::read(&head.uri, &names)?;
         let error_class = asking.text("error_class").map(str::to_owned);
+        if error_class.as_ref().is_some_and(|class| class.is_empty() || class.len() > ERROR_CLASS_MAX) {
+            return Err(Problem::malformed(format!("query parameter error_class: 1 to {ERROR_CLASS_MAX} bytes")));
+        }
         let filter = Filter { states: vec![Phase::Dead], error_class, ..asked.filter(&asking)? };
         let page = asked.dead(filter, asking.text("cursor")).await?;
         Ok(json(StatusCode::OK, &page))
@@ -50,24 +65,24 @@ pub async fn list(State(bridge): State<Bridge>, request: Request) -> Response<Bo
 }
 
 impl Asked {
-    async fn dead(&self, filter: Filter, cursor: Option<&str>) -> Result<ExecutionPage, Problem> {
-        let (limit, mut executions) = (filter.limit, Vec::new());
+    async fn dead(&self, filter: Filter, cursor: Option<&str>) -> Result<DeadLetterPage, Problem> {
+        let (limit, mut dead_letters) = (filter.limit, Vec::new());
         let cursor = match Cursor::read(cursor)? {
             Cursor::Ledger(cursor) => cursor,
             Cursor::Outbox(after) => {
                 let wanted = filter.error_class.as_deref().is_none_or(|class| class == POISONED);
-                if wanted && let Some(next) = self.waiting(&filter, true, after, &mut executions).await? {
-                    return Ok(ExecutionPage { executions, next: Some(next) });
+                if wanted && let Some(next) = self.waiting(&filter, true, after, &mut dead_letters).await? {
+                    return Ok(DeadLetterPage { dead_letters, next_cursor: Some(next) });
                 }
-                if executions.len() == limit {
-                    return Ok(ExecutionPage { executions, next: Some("l".into()) });
+                if dead_letters.len() == limit {
+                    return Ok(DeadLetterPage { dead_letters, next_cursor: Some("l".into()) });
                 }
                 None
             }
         };
-        let page = self.room.parts.store.list(Filter { cursor, limit: limit - executions.len(), ..filter }).await?;
-        executions.extend(page.rows.into_iter().map(|row| Execution::of_row(row, false)));
-        Ok(ExecutionPage { executions, next: page.next.map(|next| format!("l{next}")) })
+        let page = self.room.parts.store.list(Filter { cursor, limit: limit - dead_letters.len(), ..filter }).await?;
+        dead_letters.extend(page.rows.into_iter().map(|row| Execution::of_row(row, false)));
+        Ok(DeadLetterPage { dead_letters, next_cursor: page.next.map(|next| format!("l{next}")) })
     }
 
     /// A dead letter of the caller's.

@@ -78,7 +78,7 @@ pub struct ExecutionPage {
     pub executions: Vec<Execution>,
     /// For `?cursor=` of the next page; absent on the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub next: Option<String>,
+    pub next_cursor: Option<String>,
 }
 
 /// Error class of a record that can never be relayed.
@@ -247,7 +247,7 @@ const LIMIT_MAX: usize = 500;
         ("since" = Option<String>, Query, description = "Accepted at this time or later (RFC 3339)", format = DateTime),
         ("until" = Option<String>, Query, description = "Accepted before this time (RFC 3339)", format = DateTime),
         ("limit" = Option<u16>, Query, description = "Events in a page; 50 when not given", minimum = 1, maximum = 500),
-        ("cursor" = Option<String>, Query, description = "`next` of the former page"),
+        ("cursor" = Option<String>, Query, description = "`next_cursor` of the former page"),
     ),
     responses((status = 200, description = "One page", body = ExecutionPage))
 )]
@@ -330,22 +330,22 @@ impl Asked {
                 if wanted(&filter.states)
                     && let Some(next) = self.waiting(&filter, false, after, &mut executions).await?
                 {
-                    return Ok(ExecutionPage { executions, next: Some(next) });
+                    return Ok(ExecutionPage { executions, next_cursor: Some(next) });
                 }
                 if executions.len() == limit {
-                    return Ok(ExecutionPage { executions, next: Some("l".into()) });
+                    return Ok(ExecutionPage { executions, next_cursor: Some("l".into()) });
                 }
                 None
             }
         };
         let only_outbox = filter.states == [Phase::Accepted];
         if only_outbox {
-            return Ok(ExecutionPage { executions, next: None });
+            return Ok(ExecutionPage { executions, next_cursor: None });
         }
         let page =
             self.room.parts.store.list(Filter { cursor: ledger, limit: limit - executions.len(), ..filter }).await?;
         executions.extend(page.rows.into_iter().map(|row| Execution::of_row(row, false)));
-        Ok(ExecutionPage { executions, next: page.next.map(|next| format!("l{next}")) })
+        Ok(ExecutionPage { executions, next_cursor: page.next.map(|next| format!("l{next}")) })
     }
 
     /// Adds waiting (or poisoned) events of the outbox; the cursor when there are more than fit.

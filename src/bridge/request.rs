@@ -340,6 +340,10 @@ impl Raw<'_> {
 /// 400 with serde's text for the caller's own fields, without their values.
 pub fn small<T: serde::de::DeserializeOwned>(body: &[u8], limits: &config::Bridge) -> Result<T, Problem> {
     depth(body, limits.json_depth_max)?;
+    // serde reads a list as the fields in their order: `[]` would be a command with every default.
+    if body.trim_ascii_start().first().is_some_and(|b| *b != b'{') {
+        return Err(Problem::malformed("the body must be a JSON object"));
+    }
     serde_json::from_slice::<T>(body).map_err(|error| {
         // Tells wrong JSON from wrong fields; what a field's value was is not repeated.
         if serde_json::from_slice::<IgnoredAny>(body).is_err() {
@@ -441,6 +445,27 @@ mod tests {
         assert_eq!(at("2020-01-01T00:00:00Z"), None);
         assert_eq!(at("2026-11-24T01:00:00+01:00"), None);
         assert_eq!(at("2026-11-25T00:00:00Z"), Some(NOW.plus(Span::days(1).0)));
+    }
+
+    #[test]
+    fn a_list_is_no_command() {
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        struct Command {
+            #[allow(dead_code)]
+            dry_run: bool,
+        }
+        impl Default for Command {
+            fn default() -> Self {
+                Self { dry_run: true }
+            }
+        }
+        let read = |text: &str| small::<Command>(text.as_bytes(), &limits()).map_err(|p| p.detail.into_owned());
+        assert!(read(" {}").is_ok());
+        assert!(read("[false]").unwrap_err().contains("object"));
+        assert!(read(r#"{"dry_run":"secret"}"#).unwrap_err().starts_with("a value is wrong"));
+        assert!(read(r#"{"dryrun":true}"#).unwrap_err().starts_with("unknown field"));
+        assert!(read("{").unwrap_err().contains("not valid JSON"));
     }
 
     #[test]

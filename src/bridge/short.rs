@@ -90,7 +90,9 @@ pub(super) async fn call(
             pass_on(answer.headers(), response.headers_mut());
             named(response.headers_mut(), &key);
             // The record is written when the body's last byte has gone through, or when the body is dropped.
-            let body = Recorded { inner: Box::pin(answer.bytes_stream()), record: Some(record) };
+            let left = answer.content_length();
+            let mut body = Recorded { left, inner: Box::pin(answer.bytes_stream()), record: Some(record) };
+            body.end_if_complete();
             *response.body_mut() = Body::from_stream(body);
             Ok(response)
         }
@@ -272,7 +274,20 @@ type Chunks = Pin<Box<dyn Stream<Item = reqwest::Result<Bytes>> + Send>>;
 /// n8n's body on its way to the caller.
 struct Recorded {
     inner: Chunks,
+    /// Bytes to come, where n8n announced them: the server drops a body that has come to its length without asking it
+    /// for its end.
+    left: Option<u64>,
     record: Option<Record>,
+}
+
+impl Recorded {
+    fn end_if_complete(&mut self) {
+        if self.left == Some(0)
+            && let Some(mut record) = self.record.take()
+        {
+            record.complete();
+        }
+    }
 }
 
 impl Stream for Recorded {
@@ -280,12 +295,18 @@ impl Stream for Recorded {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let chunk = self.inner.as_mut().poll_next(cx);
-        if let Poll::Ready(None | Some(Err(_))) = &chunk
-            && let Some(mut record) = self.record.take()
-        {
-            if matches!(chunk, Poll::Ready(None)) {
-                record.complete();
+        match &chunk {
+            Poll::Ready(Some(Ok(bytes))) => {
+                self.left = self.left.map(|left| left.saturating_sub(bytes.len() as u64));
+                self.end_if_complete();
             }
+            Poll::Ready(None) => {
+                if let Some(mut record) = self.record.take() {
+                    record.complete();
+                }
+            }
+            Poll::Ready(Some(Err(_))) => drop(self.record.take()),
+            Poll::Pending => {}
         }
         chunk
     }

@@ -25,10 +25,21 @@ pub struct Logs {
 impl Logs {
     /// Applies a new `log.filter`.
     pub fn refilter(&self, config: &Log) {
-        if let Ok(filter) = Targets::from_str(&config.filter) {
+        if let Ok(filter) = targets(config) {
             let _ = self.filter.reload(filter);
         }
     }
+}
+
+/// `log.filter`, with libraries that tell too much at `info` kept at `warn` unless the filter names them.
+fn targets(config: &Log) -> Result<Targets, tracing_subscriber::filter::ParseError> {
+    let mut targets = Targets::from_str(&config.filter)?;
+    for library in ["refinery_core", "sled", "pulsar"] {
+        if !config.filter.contains(library) {
+            targets = targets.with_target(library, Level::WARN);
+        }
+    }
+    Ok(targets)
 }
 
 /// Starts logging for the whole process.
@@ -36,7 +47,7 @@ impl Logs {
 /// # Errors
 /// The log folder cannot be written, or logging was started before.
 pub fn init(config: &Log) -> Result<Logs, String> {
-    let targets = Targets::from_str(&config.filter).map_err(|e| format!("log.filter: {e}"))?;
+    let targets = targets(config).map_err(|e| format!("log.filter: {e}"))?;
     let (filter, handle) = reload::Layer::new(targets);
     // systemd sets JOURNAL_STREAM for a service whose standard error is the journal (systemd.exec(5)).
     let journal = config.format == LogFormat::Auto && std::env::var_os("JOURNAL_STREAM").is_some();

@@ -12,6 +12,7 @@ pub mod delivery;
 pub mod health;
 pub mod logs;
 pub mod n8n;
+pub mod outbox;
 pub mod payloads;
 pub mod relay;
 pub mod trace;

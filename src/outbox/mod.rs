@@ -1,15 +1,58 @@
-//! Durable local queue for events on their way to the broker. (Contract; see the header of the house for the invariants.)
+//! Durable local queue for events on their way to the broker, and the local broker in the same store.
+//!
+//! `bridge` → **`outbox`** → `relay` → `payloads`, `broker`.
+//!
+//! # Invariants
+//! 1. [`append`](Outbox::append) returns `Ok` only after the record is on disk. 202 is answered on that and on nothing else.
+//! 2. A record leaves only by [`Settle::Confirm`], by [`cancel`](Outbox::cancel), or discarded by an operator after it was poisoned. Poisoned
+//!    records are kept and counted.
+//! 3. `bytes <= bytes_max`, `records <= count_max`, and `disk_free_min` stays free. At a limit `append` refuses; nothing is evicted.
+//! 4. A record that fails its checksum is poisoned and never blocks the records behind it.
+//! 5. Records of one ordering key are leased one at a time, in order.
+//! 6. Sequences are never used twice.
+//!
+//! `tests.rs` has `invariant_N_*` for number N; the simulator checks them after every step, over seeds that it can replay.
+//!
+//! # Parts
+//! [`store`] is the small interface to sled or SQLite (and the simulator's disk), [`packs`] how many records share a value, [`queue`] which one is
+//! next, [`engine`] what each request changes, [`owner`] the one thread that owns it all and commits once for everyone who waits, [`open`] the
+//! lock and the salvage, [`tools`] what `dealscale outbox` does to a closed folder. The format is described in [`packs`] and [`record`], and for
+//! operators in `docs/on-disk-format.md`.
+//!
+//! # Failure
+//! A failed write or sync is never retried on the same handle: all waiters get [`Error::Store`], the store is closed and opened again. Only
+//! proven damage sets a folder aside ([`open`]); its readable records are salvaged, and status says `data_loss_possible` until somebody
+//! acknowledges it.
+
+mod engine;
+mod open;
+mod owner;
+mod packs;
+mod queue;
+mod record;
+mod store;
+#[cfg(test)]
+mod tests;
+pub mod tools;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use bytes::Bytes as Body;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::clock::{Clock, Timestamp};
 use crate::config;
 use crate::event::Event;
 use crate::ids::{Environment, ExecutionId, Key, OrderingKey, Tenant, Topic};
+use crate::seal::Seal;
 use crate::units::Bytes;
+use engine::Prepared;
+use owner::{Command, Owner};
+
+/// Requests that wait for the owner at once; more wait for a place. Twice its largest batch.
+const REQUESTS_MAX: usize = 4_096;
 
 /// Position of a record: grows by one per accepted event, never reused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
@@ -178,114 +221,204 @@ impl Error {
 /// Quota and weight of a tenant, from its declaration.
 pub type TenantLimits = Arc<dyn Fn(&Tenant) -> (u64, Bytes) + Send + Sync>;
 
-
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-use tokio::sync::{Notify, oneshot};
-
-struct Waiting { tenant: Tenant, bytes: u64, key: Option<OrderingKey>, id: ExecutionId, at: Timestamp }
-struct Msg { forward: Forward, held: Option<Instant>, not_before: Option<Instant>, redeliveries: u32, at: Timestamp }
-struct St {
-    db: sled::Db,
-    next: u64,
-    waiting: BTreeMap<u64, Waiting>,
-    leased: HashMap<u64, Instant>,
-    busy: HashSet<(Tenant, OrderingKey)>,
-    ids: HashMap<(Tenant, ExecutionId), u64>,
-    poisoned: BTreeMap<u64, String>,
-    msgs: BTreeMap<u64, Msg>,
-    mbusy: HashSet<(Tenant, OrderingKey)>,
-    next_msg: u64,
-    status: Status,
-    pending: Vec<oneshot::Sender<()>>,
-    closed: bool,
+/// Handle to the thread that owns the store. Cheap to clone.
+#[derive(Clone)]
+pub struct Outbox {
+    shared: Arc<Shared>,
 }
-struct Shared { st: Mutex<St>, wake: Condvar, records: Notify, messages: Notify, clock: Clock, settings: config::Outbox, file: std::fs::File, limits: TenantLimits }
-#[derive(Clone)]
-pub struct Outbox { s: Arc<Shared> }
-#[derive(Clone)]
-pub struct Local { s: Arc<Shared> }
 
-fn enc(e: &Event) -> Vec<u8> { let h = serde_json::to_vec(&e.envelope).expect("plain"); let mut v = (h.len() as u32).to_be_bytes().to_vec(); v.extend(h); v.extend_from_slice(&e.body); v }
-fn dec(v: &[u8]) -> Event { let n = u32::from_be_bytes(v[..4].try_into().expect("4")) as usize; Event { envelope: serde_json::from_slice(&v[4..4 + n]).expect("ours"), body: Body::copy_from_slice(&v[4 + n..]) } }
-
-impl Shared {
-    fn st(&self) -> MutexGuard<'_, St> { self.st.lock().unwrap_or_else(PoisonError::into_inner) }
-    fn sync(&self, st: &mut St) -> oneshot::Receiver<()> { let (t, r) = oneshot::channel(); st.pending.push(t); self.wake.notify_one(); r }
+struct Shared {
+    commands: mpsc::Sender<Command>,
+    places: Semaphore,
+    status: Arc<Mutex<Status>>,
+    seal: Option<Arc<Seal>>,
 }
 
 impl Outbox {
-    pub fn open(c: &config::Outbox, _e: &Environment, limits: TenantLimits, clock: Clock) -> Result<Self, Error> {
-        let err = |e: String| Error::Store { doing: "open", cause: e.into() };
-        std::fs::create_dir_all(&c.dir).map_err(|e| err(e.to_string()))?;
-        let db = sled::Config::new().path(&c.dir).segment_size(2 << 20).open().map_err(|e| if e.to_string().contains("lock") { Error::Locked(c.dir.display().to_string()) } else { err(e.to_string()) })?;
-        let file = std::fs::File::open(c.dir.join("db")).map_err(|e| err(e.to_string()))?;
-        let mut st = St { next: 1, waiting: BTreeMap::new(), leased: HashMap::new(), busy: HashSet::new(), ids: HashMap::new(), poisoned: BTreeMap::new(), msgs: BTreeMap::new(), mbusy: HashSet::new(), next_msg: 1, status: Status { bytes_max: c.bytes_max.0, count_max: c.count_max, ..Status::default() }, pending: Vec::new(), closed: false, db };
-        let t = st.db.open_tree("rec").map_err(|e| err(e.to_string()))?;
-        for kv in t.iter() { let (k, v) = kv.map_err(|e| err(e.to_string()))?; let seq = u64::from_be_bytes(k.as_ref().try_into().expect("8")); let e = dec(&v); st.add(seq, &e); }
-        let p = st.db.open_tree("poison").map_err(|e| err(e.to_string()))?;
-        for kv in p.iter() { let (k, v) = kv.map_err(|e| err(e.to_string()))?; st.poisoned.insert(u64::from_be_bytes(k.as_ref().try_into().expect("8")), String::from_utf8_lossy(&v).into_owned()); }
-        let m = st.db.open_tree("msg").map_err(|e| err(e.to_string()))?;
-        for kv in m.iter() { let (k, v) = kv.map_err(|e| err(e.to_string()))?; let n = u64::from_be_bytes(k.as_ref().try_into().expect("8")); st.msgs.insert(n, Msg { forward: serde_json::from_slice(&v).expect("ours"), held: None, not_before: None, redeliveries: 0, at: clock.now() }); st.next_msg = n + 1; }
-        if let Some(v) = st.db.get("next").map_err(|e| err(e.to_string()))? { st.next = u64::from_be_bytes(v.as_ref().try_into().expect("8")); }
-        let s = Arc::new(Shared { st: Mutex::new(st), wake: Condvar::new(), records: Notify::new(), messages: Notify::new(), clock, settings: c.clone(), file, limits });
-        let weak = Arc::downgrade(&s);
-        std::thread::spawn(move || loop {
-            let Some(s) = weak.upgrade() else { return };
-            let (pending, db) = { let st = s.st(); let (mut st, _) = s.wake.wait_timeout(st, Duration::from_secs(1)).unwrap_or_else(PoisonError::into_inner); (std::mem::take(&mut st.pending), st.db.clone()) };
-            if pending.is_empty() { continue; }
-            let _ = db.flush(); let _ = s.file.sync_data();
-            for p in pending { let _ = p.send(()); }
+    /// Opens (or makes) the store and starts the owner thread. Blocking: up to seconds with a large backlog.
+    ///
+    /// # Errors
+    /// The folder is open elsewhere, cannot be read, or has a newer format.
+    pub fn open(
+        config: &config::Outbox,
+        environment: &Environment,
+        limits: TenantLimits,
+        clock: Clock,
+    ) -> Result<Self, Error> {
+        let settings = Arc::new(config.clone());
+        let seal = open::seal(config)?;
+        let lock = open::lock(&config.dir)?;
+        let mut engine = open::engine(&settings, &seal, &limits, &clock)?;
+        let status = Arc::new(Mutex::new(engine.snapshot()));
+        let (commands, receiver) = mpsc::channel();
+        let reopen = {
+            let (seal, clock) = (seal.clone(), clock.clone());
+            Box::new(move || open::engine(&settings, &seal, &limits, &clock))
+        };
+        let owner = Owner {
+            commands: receiver,
+            reopen,
+            dir: config.dir.clone(),
+            clock,
+            status: status.clone(),
+            witness: open::Witness::open(&config.dir).ok(),
+            lock: Some(lock),
+        };
+        std::thread::Builder::new()
+            .name(format!("outbox-{environment}"))
+            .spawn(move || owner.run(engine))
+            .map_err(|e| Error::Store { doing: "start the outbox's thread", cause: e.to_string().into() })?;
+        Ok(Self { shared: Arc::new(Shared { commands, places: Semaphore::new(REQUESTS_MAX), status, seal }) })
+    }
+
+    /// Sends a request and waits for its answer. An owner that is gone has closed the outbox.
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Command, bounded: bool) -> Result<T, Error> {
+        let _place = match bounded {
+            true => Some(self.shared.places.acquire().await.map_err(|_| Error::Closed)?),
+            false => None,
+        };
+        let (reply, answer) = oneshot::channel();
+        self.shared.commands.send(request(reply)).map_err(|_| Error::Closed)?;
+        answer.await.map_err(|_| Error::Closed)
+    }
+
+    fn prepare(&self, append: Append) -> Prepared {
+        let envelope = &append.event.envelope;
+        let key = append.idempotency_key.map(|key| {
+            // No tenant contains a zero byte, so tenant and key cannot run into each other.
+            let text = [envelope.tenant.as_str().as_bytes(), b"\0", key.as_bytes()].concat();
+            let hash = crate::ids::BodyHash::of(&text);
+            (hash.0[..16].try_into().expect("half of a hash"), append.answer)
         });
-        Ok(Self { s })
+        Prepared {
+            tenant: envelope.tenant.clone(),
+            execution_id: envelope.execution_id,
+            body_hash: envelope.body_hash,
+            bytes: record::encode(&append.event, self.shared.seal.as_deref()),
+            key,
+        }
     }
-    pub async fn append(&self, a: Append) -> Result<Appended, Error> { self.append_batch(vec![a]).await.pop().expect("one") }
+
+    /// On disk when this returns `Ok`.
+    ///
+    /// # Errors
+    /// See [`Error`]; [`Error::verdict`] says what the caller may do.
+    pub async fn append(&self, append: Append) -> Result<Appended, Error> {
+        self.append_batch(vec![append]).await.pop().unwrap_or(Err(Error::Closed))
+    }
+
+    /// One result per item, in order; all share one sync.
     pub async fn append_batch(&self, items: Vec<Append>) -> Vec<Result<Appended, Error>> {
-        let (out, r) = { let mut st = self.s.st(); if st.closed { return items.iter().map(|_| Err(Error::Closed)).collect(); }
-            let out: Vec<_> = items.into_iter().map(|a| { let size = a.event.body.len() as u64;
-                if st.status.bytes + size > self.s.settings.bytes_max.0 { return Err(Error::Full { used: Bytes(st.status.bytes), max: self.s.settings.bytes_max }); }
-                let (_, quota) = (self.s.limits)(&a.event.envelope.tenant); let used = st.status.tenants.get(a.event.envelope.tenant.as_str()).map_or(0, |t| t.bytes);
-                if used + size > quota.0 { return Err(Error::Quota { tenant: a.event.envelope.tenant.clone(), used: Bytes(used), max: quota }); }
-                let kt = st.db.open_tree("keys").expect("tree");
-                let kk = a.idempotency_key.as_ref().map(|k| format!("{}\n{k}", a.event.envelope.tenant));
-                if let Some(kk) = &kk && let Ok(Some(v)) = kt.get(kk) { if v[..32] != a.event.envelope.body_hash.0 { return Err(Error::KeyReused); } return Ok(Appended { execution_id: a.event.envelope.execution_id, sequence: None, duplicate: true, answer: Some(Body::copy_from_slice(&v[32..])) }); }
-                let id = (a.event.envelope.tenant.clone(), a.event.envelope.execution_id);
-                if let Some(seq) = st.ids.get(&id).copied() { let old = st.read(seq); if old.envelope.body_hash != a.event.envelope.body_hash { return Err(Error::Conflict(id.1)); } return Ok(Appended { execution_id: id.1, sequence: Some(Sequence(seq)), duplicate: true, answer: None }); }
-                let seq = st.next; st.next += 1;
-                if let Some(kk) = kk { let mut v = a.event.envelope.body_hash.0.to_vec(); v.extend_from_slice(&a.answer); let _ = kt.insert(kk, v); }
-                let _ = st.db.open_tree("rec").expect("tree").insert(seq.to_be_bytes(), enc(&a.event)); let next = st.next; let _ = st.db.insert("next", &next.to_be_bytes());
-                st.add(seq, &a.event); st.status.appended_total += 1;
-                Ok(Appended { execution_id: id.1, sequence: Some(Sequence(seq)), duplicate: false, answer: None }) }).collect();
-            let r = self.s.sync(&mut st); (out, r) };
-        let _ = r.await; self.s.records.notify_waiters(); out
+        let count = items.len();
+        let prepared: Vec<_> = items.into_iter().map(|item| self.prepare(item)).collect();
+        match self.ask(|reply| Command::Append(prepared, reply), true).await {
+            Ok(results) => results
+                .into_iter()
+                .map(|result| {
+                    result.map(|taken| Appended {
+                        execution_id: taken.execution_id,
+                        sequence: taken.sequence.map(Sequence),
+                        duplicate: taken.duplicate,
+                        answer: taken.answer,
+                    })
+                })
+                .collect(),
+            Err(error) => (0..count).map(|_| Err(error.clone())).collect(),
+        }
     }
-    pub async fn lease(&self, limit: LeaseLimit) -> Result<Vec<Leased>, Error> { loop { let n = self.s.records.notified(); tokio::pin!(n); n.as_mut().enable();
-        { let mut st = self.s.st(); if st.closed { return Err(Error::Closed); } let seqs: Vec<u64> = st.waiting.keys().copied().filter(|q| !st.leased.contains_key(q) && !st.poisoned.contains_key(q)).take(limit.count).collect(); let mut out = Vec::new();
-            for q in seqs { let w = &st.waiting[&q]; if let Some(k) = &w.key { let k = (w.tenant.clone(), k.clone()); if !st.busy.insert(k) { continue; } } st.leased.insert(q, Instant::now()); out.push(Leased { sequence: Sequence(q), event: st.read(q) }); }
-            if !out.is_empty() { return Ok(out); } }
-        n.await; } }
-    pub async fn settle(&self, settles: Vec<Settle>) -> Result<(), Error> { let r = { let mut st = self.s.st(); for x in settles { match x {
-            Settle::Confirm { sequence, forward } => { if st.leased.remove(&sequence.0).is_none() { continue; } st.gone(sequence.0); st.status.confirmed_total += 1; if let Some(f) = forward { let now = self.s.clock.now(); st.put(f, now); } }
-            Settle::Poison { sequence, reason } => { st.leased.remove(&sequence.0); st.unbusy(sequence.0); let _ = st.db.open_tree("poison").expect("tree").insert(sequence.0.to_be_bytes(), reason.as_bytes()); st.poisoned.insert(sequence.0, reason); }
-            Settle::Release { sequence } => { st.leased.remove(&sequence.0); st.unbusy(sequence.0); } } } self.s.sync(&mut st) }; let _ = r.await; self.s.records.notify_waiters(); self.s.messages.notify_waiters(); Ok(()) }
-    pub async fn find(&self, key: &Key) -> Result<Option<Found>, Error> { let st = self.s.st(); Ok(st.ids.get(&(key.tenant.clone(), key.execution_id)).map(|q| st.found(*q))) }
-    pub async fn list(&self, tenant: Option<Tenant>, poisoned: bool, after: Option<Sequence>, limit: usize) -> Result<Vec<Found>, Error> { let st = self.s.st(); Ok(st.waiting.range(after.map_or(0, |a| a.0 + 1)..).filter(|(q, w)| tenant.as_ref().is_none_or(|t| *t == w.tenant) && st.poisoned.contains_key(q) == poisoned).take(limit).map(|(q, _)| st.found(*q)).collect()) }
-    pub async fn cancel(&self, key: &Key) -> Result<Cancelled, Error> { let r = { let mut st = self.s.st(); let Some(q) = st.ids.get(&(key.tenant.clone(), key.execution_id)).copied() else { return Ok(Cancelled::Absent) }; if st.leased.contains_key(&q) { return Ok(Cancelled::Leased); } st.gone(q); self.s.sync(&mut st) }; let _ = r.await; Ok(Cancelled::Done) }
-    pub async fn repair_poisoned(&self, s: Sequence, discard: bool) -> Result<bool, Error> { { let mut st = self.s.st(); if st.poisoned.remove(&s.0).is_none() { return Ok(false); } let _ = st.db.open_tree("poison").expect("tree").remove(s.0.to_be_bytes()); if discard { st.gone(s.0); } } self.s.records.notify_waiters(); Ok(true) }
-    pub async fn acknowledge_data_loss(&self) -> Result<(), Error> { Ok(()) }
-    pub fn status(&self) -> Status { let st = self.s.st(); let mut x = st.status.clone(); x.records = st.waiting.len() as u64; x.leased = st.leased.len() as u64; x.poisoned = st.poisoned.len() as u64; x.oldest = st.waiting.values().next().map(|w| w.at); x }
-    pub fn local(&self) -> Local { Local { s: self.s.clone() } }
-    pub async fn close(&self) -> Result<(), Error> { let r = { let mut st = self.s.st(); st.closed = true; self.s.sync(&mut st) }; let _ = r.await; self.s.records.notify_waiters(); self.s.messages.notify_waiters(); Ok(()) }
+
+    /// Waits until at least one record is free, then takes up to `limit`, by weighted round robin over tenants.
+    /// Records of one ordering key come one at a time: the next one only after the former is settled.
+    ///
+    /// # Errors
+    /// The store failed, or the outbox is closed.
+    pub async fn lease(&self, limit: LeaseLimit) -> Result<Vec<Leased>, Error> {
+        self.ask(|reply| Command::Lease(limit, reply), false).await?
+    }
+
+    /// Durable when it returns. Settling a record twice, or one whose lease ran out, changes nothing.
+    ///
+    /// # Errors
+    /// The store failed: nothing of this call may have happened, or all of it.
+    pub async fn settle(&self, settles: Vec<Settle>) -> Result<(), Error> {
+        self.ask(|reply| Command::Settle(settles, reply), true).await?
+    }
+
+    /// A record that waits, by its event's key.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn find(&self, key: &Key) -> Result<Option<Found>, Error> {
+        self.ask(|reply| Command::Find(key.clone(), reply), true).await?
+    }
+
+    /// Waiting (or poisoned) records after `after`, at most `limit`.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn list(
+        &self,
+        tenant: Option<Tenant>,
+        poisoned: bool,
+        after: Option<Sequence>,
+        limit: usize,
+    ) -> Result<Vec<Found>, Error> {
+        self.ask(|reply| Command::List(tenant, poisoned, after, limit, reply), true).await?
+    }
+
+    /// Removes a record that the relay does not have.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn cancel(&self, key: &Key) -> Result<Cancelled, Error> {
+        self.ask(|reply| Command::Cancel(key.clone(), reply), true).await?
+    }
+
+    /// Puts a poisoned record back into the queue, or (`discard`) removes it for good. `false`: there is no such record.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn repair_poisoned(&self, sequence: Sequence, discard: bool) -> Result<bool, Error> {
+        self.ask(|reply| Command::Repair(sequence, discard, reply), true).await?
+    }
+
+    /// An operator has looked into the salvage.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn acknowledge_data_loss(&self) -> Result<(), Error> {
+        self.ask(Command::AcknowledgeLoss, true).await?
+    }
+
+    /// As of the last batch, half a second old at most.
+    pub fn status(&self) -> Status {
+        self.shared.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The broker that lives in the same store.
+    pub fn local(&self) -> Local {
+        Local { outbox: self.clone() }
+    }
+
+    /// Syncs, closes the store and ends the owner thread. Later calls get [`Error::Closed`].
+    ///
+    /// # Errors
+    /// What was queued could not be written.
+    pub async fn close(&self) -> Result<(), Error> {
+        match self.ask(Command::Close, true).await {
+            Ok(result) => result,
+            // Closed before.
+            Err(_) => Ok(()),
+        }
+    }
 }
-impl St {
-    fn add(&mut self, q: u64, e: &Event) { let n = e.body.len() as u64; self.status.bytes += n; let t = self.status.tenants.entry(e.envelope.tenant.to_string()).or_default(); t.bytes += n; t.records += 1; self.ids.insert((e.envelope.tenant.clone(), e.envelope.execution_id), q); self.waiting.insert(q, Waiting { tenant: e.envelope.tenant.clone(), bytes: n, key: e.envelope.ordering_key.clone(), id: e.envelope.execution_id, at: e.envelope.accepted_at }); if q >= self.next { self.next = q + 1; } }
-    fn unbusy(&mut self, q: u64) { if let Some(w) = self.waiting.get(&q) && let Some(k) = &w.key { self.busy.remove(&(w.tenant.clone(), k.clone())); } }
-    fn gone(&mut self, q: u64) { self.unbusy(q); if let Some(w) = self.waiting.remove(&q) { self.status.bytes -= w.bytes; if let Some(t) = self.status.tenants.get_mut(w.tenant.as_str()) { t.bytes -= w.bytes; t.records -= 1; } self.ids.remove(&(w.tenant, w.id)); } let _ = self.db.open_tree("rec").expect("tree").remove(q.to_be_bytes()); }
-    fn read(&self, q: u64) -> Event { dec(&self.db.open_tree("rec").expect("tree").get(q.to_be_bytes()).expect("read").expect("there")) }
-    fn found(&self, q: u64) -> Found { Found { sequence: Sequence(q), event: self.read(q), leased: self.leased.contains_key(&q), poisoned: self.poisoned.get(&q).cloned() } }
-    fn put(&mut self, f: Forward, now: Timestamp) -> String { let n = self.next_msg; self.next_msg += 1; let id = format!("{}:{n}", f.topic); let _ = self.db.open_tree("msg").expect("tree").insert(n.to_be_bytes(), serde_json::to_vec(&f).expect("plain")); self.msgs.insert(n, Msg { forward: f, held: None, not_before: None, redeliveries: 0, at: now }); id }
+
+/// The local broker's half of the store: topics of forwarded messages with one competing-consumers subscription.
+#[derive(Clone)]
+pub struct Local {
+    outbox: Outbox,
 }
+
 /// A message that a consumer of the local broker holds.
 #[derive(Clone, Debug)]
 pub struct Held {
@@ -306,61 +439,56 @@ pub struct Backlog {
     pub retained: u64,
 }
 
-
 impl Local {
-    pub async fn publish(&self, messages: Vec<Forward>) -> Result<Vec<String>, Error> { let (ids, r) = { let mut st = self.s.st(); let now = self.s.clock.now(); let ids = messages.into_iter().map(|f| st.put(f, now)).collect(); (ids, self.s.sync(&mut st)) }; let _ = r.await; self.s.messages.notify_waiters(); Ok(ids) }
-    pub async fn receive(&self, topics: Arc<dyn Fn(&Topic) -> bool + Send + Sync>, max: usize) -> Result<Vec<Held>, Error> { loop { let n = self.s.messages.notified(); tokio::pin!(n); n.as_mut().enable();
-        { let mut st = self.s.st(); if st.closed { return Err(Error::Closed); } let now = Instant::now(); let wall = self.s.clock.now(); let st = &mut *st; let mut out = Vec::new(); let mut blocked: BTreeSet<(Tenant, OrderingKey)> = BTreeSet::new();
-            for (q, m) in &mut st.msgs { if out.len() >= max { break; } if m.held.is_some() || !topics(&m.forward.topic) { continue; } let k = m.forward.ordering_key.clone().map(|k| (m.forward.tenant.clone(), k)); if let Some(k) = &k && (st.mbusy.contains(k) || blocked.contains(k)) { continue; } if m.not_before.is_some_and(|t| t > now) || m.forward.deliver_at.is_some_and(|t| t > wall) { if let Some(k) = k { blocked.insert(k); } continue; } if let Some(k) = k { st.mbusy.insert(k); } m.held = Some(now); out.push(Held { id: format!("{}:{q}", m.forward.topic), topic: m.forward.topic.clone(), forward: m.forward.clone(), redeliveries: m.redeliveries, published_at: m.at }); }
-            if !out.is_empty() { return Ok(out); } }
-        let _ = tokio::time::timeout(Duration::from_millis(100), n).await; } }
-    pub async fn ack(&self, ids: Vec<String>) -> Result<(), Error> { let r = { let mut st = self.s.st(); for id in ids { let Some(q) = id.rsplit(':').next().and_then(|q| q.parse().ok()) else { continue }; let q: u64 = q; if let Some(m) = st.msgs.remove(&q) { if let Some(k) = m.forward.ordering_key { st.mbusy.remove(&(m.forward.tenant, k)); } let _ = st.db.open_tree("msg").expect("tree").remove(q.to_be_bytes()); } } self.s.sync(&mut st) }; let _ = r.await; self.s.messages.notify_waiters(); Ok(()) }
-    pub async fn release(&self, ids: Vec<String>, after: Duration) -> Result<(), Error> { { let mut st = self.s.st(); let st = &mut *st; for id in ids { let Some(q) = id.rsplit(':').next().and_then(|q| q.parse().ok()) else { continue }; let q: u64 = q; if let Some(m) = st.msgs.get_mut(&q) { m.held = None; m.redeliveries += 1; m.not_before = Some(Instant::now() + after); if let Some(k) = &m.forward.ordering_key { st.mbusy.remove(&(m.forward.tenant.clone(), k.clone())); } } } } self.s.messages.notify_waiters(); Ok(()) }
-    pub async fn backlog(&self) -> Result<Vec<Backlog>, Error> { let st = self.s.st(); let mut all: BTreeMap<String, Backlog> = BTreeMap::new(); for m in st.msgs.values() { let b = all.entry(m.forward.topic.to_string()).or_insert(Backlog { topic: m.forward.topic.to_string(), waiting: 0, unacknowledged: 0, oldest: Some(m.at), retained: 0 }); if m.held.is_some() { b.unacknowledged += 1; } else { b.waiting += 1; } } Ok(all.into_values().collect()) }
-    pub async fn browse(&self, topic: &Topic, limit: usize) -> Result<Vec<Held>, Error> { let st = self.s.st(); Ok(st.msgs.iter().filter(|(_, m)| m.forward.topic == *topic).take(limit).map(|(q, m)| Held { id: format!("{topic}:{q}"), topic: topic.clone(), forward: m.forward.clone(), redeliveries: m.redeliveries, published_at: m.at }).collect()) }
-}
+    /// Durable when it returns.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn publish(&self, messages: Vec<Forward>) -> Result<Vec<String>, Error> {
+        self.outbox.ask(|reply| Command::Publish(messages, reply), true).await?
+    }
 
-/// (Contract.)
-pub mod tools {
-    use std::path::Path;
+    /// Waits until a message that is due is free and takes up to `max`. A message is given to one consumer at a time; messages of one ordering
+    /// key one after the other; fair between tenants. `topics` decides which topics count (all topics that exist now or later for
+    /// which it is true).
+    ///
+    /// # Errors
+    /// The store failed, or the outbox is closed.
+    pub async fn receive(
+        &self,
+        topics: Arc<dyn Fn(&Topic) -> bool + Send + Sync>,
+        max: usize,
+    ) -> Result<Vec<Held>, Error> {
+        self.outbox.ask(|reply| Command::Receive(topics, max, reply), false).await?
+    }
 
-    use super::{Error, Outbox};
-    use crate::config;
-    use crate::event::Event;
-    use crate::ids::Environment;
+    /// Durable when it returns; an acknowledged message is kept for a while (bounded by number), then collected.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn ack(&self, ids: Vec<String>) -> Result<(), Error> {
+        self.outbox.ask(|reply| Command::Ack(ids, reply), true).await?
+    }
 
-    pub struct Entry {
-        pub event: Event,
-        pub poisoned: Option<String>,
+    /// Gives messages back, to be received again after `after`.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn release(&self, ids: Vec<String>, after: Duration) -> Result<(), Error> {
+        self.outbox.ask(|reply| Command::Release(ids, after, reply), true).await?
     }
-    #[derive(serde::Serialize)]
-    pub struct Report {
-        pub records: u64,
+
+    /// # Errors
+    /// The store failed.
+    pub async fn backlog(&self) -> Result<Vec<Backlog>, Error> {
+        self.outbox.ask(Command::Backlog, true).await?
     }
-    impl Report {
-        pub fn is_sound(&self) -> bool {
-            unimplemented!()
-        }
-    }
-    pub fn verify(_config: &config::Outbox) -> Result<Report, Error> {
-        unimplemented!()
-    }
-    pub fn open_alone(_config: &config::Outbox, _environment: &Environment) -> Result<Outbox, Error> {
-        unimplemented!()
-    }
-    pub struct Export {}
-    impl Export {
-        pub fn create(_dir: &Path) -> std::io::Result<Self> {
-            unimplemented!()
-        }
-        pub fn write(&mut self, _event: &Event, _poisoned: Option<&str>) -> std::io::Result<()> {
-            unimplemented!()
-        }
-        pub fn finish(self) -> std::io::Result<u64> {
-            unimplemented!()
-        }
-    }
-    pub fn read_export(_dir: &Path) -> std::io::Result<Box<dyn Iterator<Item = std::io::Result<Entry>>>> {
-        unimplemented!()
+
+    /// Messages of a topic (a dead-letter topic, say), acknowledged ones still in retention included.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn browse(&self, topic: &Topic, limit: usize) -> Result<Vec<Held>, Error> {
+        self.outbox.ask(|reply| Command::Browse(topic.clone(), limit, reply), true).await?
     }
 }

@@ -31,6 +31,8 @@
 //! own with class `damaged`; its neighbours go on. A wrong encryption key stops everything with a clear error and harms nothing.
 
 mod codec;
+mod group;
+mod postgres;
 mod query;
 mod rows;
 mod sqlite;
@@ -45,9 +47,10 @@ use bytes::Bytes as Body;
 use serde::{Deserialize, Serialize};
 
 use self::codec::{Codec, Columns, Unreadable};
+use self::postgres::Postgres;
 use self::query::Dialect;
-use self::rows::{Answer, Ask, NewRow, RawBody, Step};
-use self::sqlite::{RejectedRow, Sqlite, Stored};
+use self::rows::{Answer, Ask, NewRow, RawBody, RejectedRow, Step, Stored};
+use self::sqlite::Sqlite;
 use crate::clock::{Clock, Timestamp};
 use crate::config;
 use crate::event::{Envelope, Event, State};
@@ -267,6 +270,7 @@ pub struct Store {
 #[derive(Clone)]
 enum Backend {
     Sqlite(Arc<Sqlite>),
+    Postgres(Arc<Postgres>),
 }
 
 /// What both databases need to know.
@@ -286,7 +290,12 @@ struct Health {
     reachable: Option<bool>,
     since: Option<Timestamp>,
     last_error: Option<String>,
+    /// A write failed (a full disk, say): reads that work do not make up for it, the next write that works does.
+    held: bool,
 }
+
+/// What has to work for the appliance to do its work.
+const WRITES: [&str; 3] = ["admit", "claim", "apply"];
 
 /// Rows by state, as they were a moment ago.
 #[derive(Clone)]
@@ -310,17 +319,27 @@ impl Shared {
             Ok(_) => observe::Done { environment, doing, items, took: start.elapsed() }.emit(),
             Err(error) => observe::Failed { environment, doing, cause: &error.to_string() }.emit(),
         }
-        let cause = match &result {
-            Ok(_) => None,
-            // A refusal that names one call is not the store's state; one that names the store is set where it is seen.
-            Err(error) => Some(error.to_string()),
-        };
-        let refused = matches!(&result, Err(Error::Refused(_)));
+        let writes = WRITES.contains(&doing);
         let mut health = self.health.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(cause) = &cause {
-            health.last_error = Some(cause.clone());
+        let cause = match &result {
+            Ok(_) if health.held && !writes => return result,
+            Ok(_) => None,
+            Err(error) => {
+                let cause = error.to_string();
+                health.last_error = Some(cause.clone());
+                match error {
+                    Error::Store { .. } if writes => health.held = true,
+                    Error::Unreachable(_) => {}
+                    // One call's affair.
+                    Error::Store { .. } | Error::Refused(_) => return result,
+                }
+                Some(cause)
+            }
+        };
+        if cause.is_none() {
+            health.held = false;
         }
-        if !refused && health.reachable != Some(cause.is_none()) {
+        if health.reachable != Some(cause.is_none()) {
             health.reachable = Some(cause.is_none());
             health.since = Some(self.clock.now());
             observe::Reachable { environment, kind: self.kind, cause: cause.as_deref() }.emit();
@@ -387,8 +406,8 @@ impl Store {
                     });
                 Backend::Sqlite(Arc::new(shared.note("open the payload store", 1, start, opened)?))
             }
-            config::payloads::PayloadStore::Postgres(_) => {
-                return Err(Error::Refused("PostgreSQL is not there yet".into()));
+            config::payloads::PayloadStore::Postgres(postgres) => {
+                Backend::Postgres(Arc::new(Postgres::open(postgres, shared.clone())?))
             }
         };
         Ok(Self { shared, backend })
@@ -405,6 +424,7 @@ impl Store {
         drop(events);
         let result = match &self.backend {
             Backend::Sqlite(db) => db.admit(rows).await,
+            Backend::Postgres(db) => db.admit(rows).await,
         };
         self.shared.note("admit", items, start, result)
     }
@@ -414,6 +434,7 @@ impl Store {
         let (start, items) = (Instant::now(), keys.len());
         let result = match &self.backend {
             Backend::Sqlite(db) => db.load(keys.clone()).await,
+            Backend::Postgres(db) => db.load(&keys).await,
         };
         let found = self.shared.note("load", items, start, result)?;
         keys.iter().zip(found).map(|(key, stored)| stored.map_or(Ok(None), |stored| self.event(key, stored))).collect()
@@ -476,6 +497,7 @@ impl Store {
             .collect::<Result<Vec<_>, _>>()?;
         let result = match &self.backend {
             Backend::Sqlite(db) => db.claim(asks).await,
+            Backend::Postgres(db) => db.claim(asks).await,
         };
         let answers = self.shared.note("claim", items, start, result)?;
         let mut all = Vec::with_capacity(items);
@@ -540,6 +562,7 @@ impl Store {
         let steps = transitions.into_iter().map(|t| Step::new(codec, t)).collect::<Result<Vec<_>, _>>()?;
         let result = match &self.backend {
             Backend::Sqlite(db) => db.apply(steps).await,
+            Backend::Postgres(db) => db.apply(steps).await,
         };
         self.shared.note("apply", items, start, result)
     }
@@ -550,6 +573,7 @@ impl Store {
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.due(limit).await,
+            Backend::Postgres(db) => db.due(limit).await,
         };
         let found = self.shared.note("due", 0, start, result)?;
         self.dues(found)
@@ -561,6 +585,7 @@ impl Store {
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.stale(before.0, limit).await,
+            Backend::Postgres(db) => db.stale(before.0, limit).await,
         };
         let found = self.shared.note("stale", 0, start, result)?;
         self.dues(found)
@@ -590,6 +615,7 @@ impl Store {
         }
         let result = match &self.backend {
             Backend::Sqlite(db) => db.set_message_ids(ids).await,
+            Backend::Postgres(db) => db.set_message_ids(ids).await,
         };
         self.shared.note("message_ids", items, start, result)
     }
@@ -598,6 +624,7 @@ impl Store {
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.get(key.clone()).await,
+            Backend::Postgres(db) => db.get(key).await,
         };
         match self.shared.note("get", 1, start, result)? {
             None => Ok(None),
@@ -611,6 +638,7 @@ impl Store {
         let (query, limit) = query::list(self.dialect(), &filter)?;
         let result = match &self.backend {
             Backend::Sqlite(db) => db.list(query).await,
+            Backend::Postgres(db) => db.list(query).await,
         };
         let mut found = self.shared.note("list", 1, start, result)?;
         let more = found.len() > limit;
@@ -636,6 +664,7 @@ impl Store {
         let query = query::count(self.dialect(), &filter);
         let result = match &self.backend {
             Backend::Sqlite(db) => db.count(query).await,
+            Backend::Postgres(db) => db.count(query).await,
         };
         self.shared.note("count", 1, start, result)
     }
@@ -643,6 +672,7 @@ impl Store {
     fn dialect(&self) -> Dialect {
         match &self.backend {
             Backend::Sqlite(_) => Dialect::Sqlite,
+            Backend::Postgres(_) => Dialect::Postgres,
         }
     }
 
@@ -651,6 +681,7 @@ impl Store {
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.cancel(key.clone()).await,
+            Backend::Postgres(db) => db.cancel(key).await,
         };
         self.shared.note("cancel", 1, start, result)
     }
@@ -660,6 +691,7 @@ impl Store {
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.replay(key.clone()).await,
+            Backend::Postgres(db) => db.replay(key).await,
         };
         self.shared.note("replay", 1, start, result)
     }
@@ -669,6 +701,7 @@ impl Store {
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.discard(key.clone()).await,
+            Backend::Postgres(db) => db.discard(key).await,
         };
         self.shared.note("discard", 1, start, result)
     }
@@ -688,6 +721,7 @@ impl Store {
         let step = Step::new(&self.shared.codec, Transition { key: key.clone(), token: 0, change })?;
         let result = match &self.backend {
             Backend::Sqlite(db) => db.finish_external(key.clone(), step).await,
+            Backend::Postgres(db) => db.finish_external(key, step).await,
         };
         self.shared.note("finish_external", 1, start, result)
     }
@@ -703,13 +737,14 @@ impl Store {
         let rejected = Rejected {
             at: self.shared.clock.now(),
             topic: topic.clone(),
-            message_id: message_id.to_owned(),
-            reason: reason.to_owned(),
+            message_id: rows::clean(message_id.to_owned()),
+            reason: rows::clean(reason.to_owned()),
             raw: String::new(),
         };
         let kept = raw[..raw.len().min(rows::REJECTED_BYTES_MAX)].to_vec();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.reject(rejected, kept).await,
+            Backend::Postgres(db) => db.reject(rejected, kept).await,
         };
         if self.shared.note("reject", 1, start, result)? {
             observe::Rejected { environment, topic: topic.as_str(), message_id, reason }.emit();
@@ -724,6 +759,7 @@ impl Store {
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.rejected(limit).await,
+            Backend::Postgres(db) => db.rejected(limit).await,
         };
         let found = self.shared.note("rejected", 1, start, result)?;
         let shown = |row: RejectedRow| {
@@ -739,6 +775,7 @@ impl Store {
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.collect(limit).await,
+            Backend::Postgres(db) => db.collect(limit).await,
         };
         let (collected, rejected) = self.shared.note("collect", 0, start, result)?;
         let (payloads, rows) = (collected.payloads, collected.rows);
@@ -769,6 +806,7 @@ impl Store {
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.states().await,
+            Backend::Postgres(db) => db.states().await,
         };
         let found = self.shared.note("status", 1, start, result).ok()?;
         let mut states = BTreeMap::new();
@@ -781,10 +819,18 @@ impl Store {
         Some(states)
     }
 
+    #[cfg(test)]
+    async fn limit_pages(&self, pages: u32) {
+        if let Backend::Sqlite(db) = &self.backend {
+            db.limit_pages(pages).await;
+        }
+    }
+
     /// Ends what is under way; later calls fail.
     pub async fn close(&self) {
         match &self.backend {
             Backend::Sqlite(db) => db.close().await,
+            Backend::Postgres(db) => db.close().await,
         }
     }
 }

@@ -21,7 +21,6 @@ pub(super) struct NewRow {
     pub accepted_at: i64,
     pub deliver_at: Option<i64>,
     pub state: i16,
-    pub final_state: bool,
     pub phase: i16,
     pub envelope: Vec<u8>,
     pub body: Body,
@@ -47,7 +46,6 @@ impl NewRow {
             accepted_at: envelope.accepted_at.0,
             deliver_at: envelope.deliver_at.map(|t| t.0),
             state: codec::state_code(State::Relayed),
-            final_state: false,
             phase: codec::OPEN,
             envelope: codec.envelope_in(envelope)?,
             body,
@@ -80,10 +78,9 @@ impl NewRow {
             row.history = Some(frame(1, &codec.attempt_in(&key, &attempt)?));
             row.error = codec.error_in(&key, error.as_deref())?;
             row.error_class = error_class;
-            row.n8n_execution_id = n8n_execution_id.clone();
+            row.n8n_execution_id = n8n_execution_id.clone().map(clean);
             row.finished_at = Some(started_at.0.saturating_add_unsigned(*duration_ms));
             row.state = codec::state_code(state);
-            row.final_state = true;
             row.phase = codec::phase_of(state, 0, 0).0;
             row.deliver_at = None;
         }
@@ -165,8 +162,8 @@ impl Step {
                     step.attempt(codec, &key, attempt)?;
                 }
                 step.error = codec.error_in(&key, error.as_deref())?;
-                step.error_class = error_class;
-                step.n8n_execution_id = n8n_execution_id.or(step.n8n_execution_id);
+                step.error_class = error_class.map(clean);
+                step.n8n_execution_id = n8n_execution_id.map(clean).or(step.n8n_execution_id);
             }
             Change::Retry { attempt, next_at, crashed, error_class, error } => {
                 step.op = Op::Retry;
@@ -176,7 +173,7 @@ impl Step {
                     step.attempt(codec, &key, attempt)?;
                 }
                 step.error = codec.error_in(&key, error.as_deref())?;
-                step.error_class = error_class;
+                step.error_class = error_class.map(clean);
             }
             Change::Release => step.op = Op::Release,
             Change::Renew { until } => step.at = Some(until.0),
@@ -187,8 +184,8 @@ impl Step {
     fn attempt(&mut self, codec: &Codec, key: &Key, attempt: Attempt) -> Result<(), Error> {
         self.tail = Some(codec.attempt_in(key, &attempt)?);
         self.number = attempt.number;
-        self.n8n_execution_id = attempt.n8n_execution_id;
-        self.message_id = attempt.message_id;
+        self.n8n_execution_id = attempt.n8n_execution_id.map(clean);
+        self.message_id = attempt.message_id.map(clean);
         Ok(())
     }
 
@@ -221,7 +218,7 @@ pub(super) struct Ask {
 impl Ask {
     pub fn new(codec: &Codec, owner: &str, until: Timestamp, take: Take, with_body: bool) -> Result<Self, Error> {
         let Take { request, begin } = take;
-        let message_id = begin.as_ref().and_then(|a| a.message_id.clone());
+        let message_id = begin.as_ref().and_then(|a| a.message_id.clone()).map(clean);
         let begin = match begin {
             Some(attempt) => Some((codec.attempt_in(&request.key, &attempt)?, attempt.started_at.0)),
             None => None,
@@ -240,6 +237,11 @@ pub(super) enum Answer {
         body: Option<RawBody>,
     },
     Other(Claimed),
+}
+
+/// PostgreSQL's text takes every character but NUL, and one of those would hold up a whole batch.
+pub(super) fn clean(text: String) -> String {
+    if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
 }
 
 /// Why a row cannot be claimed now; `None`: it can.
@@ -265,3 +267,18 @@ pub(super) const REJECTED_BYTES_MAX: usize = 64 << 10;
 
 /// A body as it lies in the store, and whether it is sealed.
 pub(super) type RawBody = (Vec<u8>, i16);
+
+/// An event as it lies in the store.
+pub(super) struct Stored {
+    pub envelope: Vec<u8>,
+    pub body: Option<Vec<u8>>,
+    pub sealed: i16,
+}
+
+pub(super) struct RejectedRow {
+    pub at: i64,
+    pub topic: String,
+    pub message_id: String,
+    pub reason: String,
+    pub raw: Vec<u8>,
+}

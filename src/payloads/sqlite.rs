@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 use super::codec::{self, COLUMNS, COLUMNS_COUNT, Columns, frame};
 use super::query::{Query, Value};
-use super::rows::{self, Answer, Ask, NewRow, Op, REJECTED_MAX, RawBody, Step, TIMER_AGAIN_MS};
+use super::rows::{self, Answer, Ask, NewRow, Op, REJECTED_MAX, RawBody, RejectedRow, Step, Stored, TIMER_AGAIN_MS};
 use super::{Admitted, Claimed, Collected, Error, Shared};
 use crate::event::State;
 use crate::ids::Key;
@@ -502,6 +502,14 @@ impl Sqlite {
         Ok(collected)
     }
 
+    #[cfg(test)]
+    pub async fn limit_pages(&self, pages: u32) {
+        let set = move |db: &Connection| {
+            Ok(db.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |row| row.get::<_, i64>(0))?)
+        };
+        self.write("limit the file", set).await.unwrap();
+    }
+
     pub async fn close(&self) {
         let (reply, closed) = oneshot::channel();
         if self.jobs.send(Message::Close(reply)).await.is_ok() {
@@ -511,21 +519,6 @@ impl Sqlite {
         self.readers.permits.close();
         self.readers.idle.lock().await.clear();
     }
-}
-
-/// An event as it lies in the store.
-pub(super) struct Stored {
-    pub envelope: Vec<u8>,
-    pub body: Option<Vec<u8>>,
-    pub sealed: i16,
-}
-
-pub(super) struct RejectedRow {
-    pub at: i64,
-    pub topic: String,
-    pub message_id: String,
-    pub reason: String,
-    pub raw: Vec<u8>,
 }
 
 struct Writer {

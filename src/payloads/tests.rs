@@ -63,3 +63,127 @@ mod sqlite_sealed {
     use super::*;
     conformance_tests!(sealed);
 }
+
+/// Not a promise but a figure: `cargo test --release --lib -- --ignored --nocapture payloads::tests::figure`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a figure"]
+async fn figure_events_per_second() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path(), None, Clock::System).await.unwrap();
+    let figure = conformance::events_per_second(&store, 40_000).await;
+    println!("SQLite: {figure:.0} events/s (admit, claim and begin, finish; 1 KiB)");
+    assert!(figure > 100.0);
+}
+
+#[tokio::test]
+async fn what_is_closed_opens_with_all_that_was_confirmed() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(START);
+    let store = open(dir.path(), None, clock.clone()).await.unwrap();
+    let event = conformance::event(&clock, "acme", b"x");
+    store.admit(vec![event.clone()]).await.unwrap();
+    store.close().await;
+    let error = store.admit(vec![event.clone()]).await.unwrap_err();
+    assert!(error.to_string().contains("closed"), "{error}");
+    assert!(store.get(&event.key(), false).await.is_err());
+    let store = open(dir.path(), None, clock).await.unwrap();
+    assert_eq!(store.load(vec![event.key()]).await.unwrap(), [Some(event)]);
+}
+
+#[tokio::test]
+async fn a_wrong_key_is_a_clear_error_and_harms_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(START);
+    let event = conformance::event(&clock, "acme", b"{\"iban\":\"DE02120300000000202051\"}");
+    let store = open(dir.path(), Some("a1"), clock.clone()).await.unwrap();
+    store.admit(vec![event.clone()]).await.unwrap();
+    store.close().await;
+    let file = std::fs::read(dir.path().join("state/payloads.sqlite")).unwrap();
+    for secret in ["DE0212", "Söhne"] {
+        assert!(!file.windows(secret.len()).any(|w| w == secret.as_bytes()), "{secret} is in the file");
+    }
+    for (key, words) in [(Some("a2"), "another encryption key"), (None, "encryption_key is not set")] {
+        let store = open(dir.path(), key, clock.clone()).await.unwrap();
+        for error in [
+            store.load(vec![event.key()]).await.unwrap_err(),
+            store.claim("a", vec![conformance::request(&event)], START).await.unwrap_err(),
+            store.list(Filter { limit: 1, ..Filter::default() }).await.unwrap_err(),
+        ] {
+            assert!(!error.is_transient() && error.to_string().contains(words), "{error}");
+        }
+        store.close().await;
+    }
+    let store = open(dir.path(), Some("a1"), clock).await.unwrap();
+    assert_eq!(store.load(vec![event.key()]).await.unwrap(), [Some(event)]);
+}
+
+#[tokio::test]
+async fn a_damaged_row_is_a_dead_letter_and_its_neighbour_goes_on() {
+    let (w, dir) = world_with(Some("a1")).await;
+    let (bad, good) = (w.admitted("acme", b"bad").await, w.admitted("acme", b"good").await);
+    let db = rusqlite::Connection::open(dir.join("state/payloads.sqlite")).unwrap();
+    // A body that somebody copied behind another event's name.
+    let copied = "UPDATE contents SET body = (SELECT body FROM contents WHERE seq = 2) WHERE seq = 1";
+    assert_eq!(db.execute(copied, []).unwrap(), 1);
+    let take = |event| Take { request: conformance::request(event), begin: Some(conformance::attempt(&w.clock)) };
+    let taken = w.store.claim_and_begin("a", vec![take(&bad), take(&good)], w.now().plus(Duration::from_secs(9))).await;
+    let taken = taken.unwrap();
+    assert!(matches!(taken[0].claimed, Claimed::Final(State::Dead)) && taken[0].body.is_none());
+    assert!(matches!(taken[1].claimed, Claimed::Granted { .. }) && taken[1].body.is_some());
+    let row = w.store.get(&bad.key(), false).await.unwrap().unwrap();
+    assert_eq!((row.state, row.error_class.as_deref()), (State::Dead, Some("damaged")));
+    assert_eq!(w.store.load(vec![bad.key()]).await.unwrap(), [None]);
+}
+
+#[tokio::test]
+async fn files_that_cannot_be_used_say_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("state/payloads.sqlite");
+    std::fs::create_dir(dir.path().join("state")).unwrap();
+    std::fs::write(&file, "this is no database, but long enough to look at the header of".repeat(100)).unwrap();
+    let error = open(dir.path(), None, Clock::System).await.map(drop).unwrap_err();
+    assert!(!error.is_transient() && error.to_string().contains("restore it from a backup"), "{error}");
+    std::fs::remove_file(&file).unwrap();
+    let store = open(dir.path(), None, Clock::System).await.unwrap();
+    store.close().await;
+    let db = rusqlite::Connection::open(&file).unwrap();
+    db.execute("UPDATE format SET oldest_reader = 99", []).unwrap();
+    let error = open(dir.path(), None, Clock::System).await.map(drop).unwrap_err();
+    assert!(!error.is_transient() && error.to_string().contains("newer release"), "{error}");
+}
+
+#[tokio::test]
+async fn a_full_disk_fails_whole_and_passes() {
+    let (w, dir) = world_with(None).await;
+    let file = dir.join("state/payloads.sqlite");
+    // The writer's own connection gets the limit; it is the nearest to a full disk that needs no disk.
+    w.store.limit_pages(64).await;
+    let big = vec![7u8; 1 << 20];
+    let (small, large) = (event(&w, b"small"), event(&w, &big));
+    let error = w.store.admit(vec![small.clone(), large.clone()]).await.unwrap_err();
+    assert!(error.is_transient() && error.to_string().contains("full"), "{error}");
+    assert!(w.store.get(&small.key(), false).await.unwrap().is_none(), "half of a batch");
+    assert!(!w.store.status().await.reachable);
+    w.store.limit_pages(1 << 20).await;
+    assert_eq!(w.store.admit(vec![small, large]).await.unwrap(), [Admitted::New, Admitted::New]);
+    assert!(file.exists());
+}
+
+fn event(w: &World, body: &[u8]) -> Event {
+    conformance::event(&w.clock, "acme", body)
+}
+
+#[tokio::test]
+async fn reads_do_not_wait_for_the_writer() {
+    let (w, dir) = world_with(None).await;
+    let known = w.admitted("acme", b"x").await;
+    let other = rusqlite::Connection::open(dir.join("state/payloads.sqlite")).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE; UPDATE events SET crashes = 7").unwrap();
+    let late = event(&w, b"late");
+    let (store, admitted) =
+        (w.store.clone(), tokio::time::timeout(Duration::from_millis(300), w.store.admit(vec![late])));
+    assert!(admitted.await.is_err(), "somebody else writes");
+    let row = store.get(&known.key(), false).await.unwrap().unwrap();
+    assert_eq!(row.crashes, 0);
+    other.execute_batch("ROLLBACK").unwrap();
+}

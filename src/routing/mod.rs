@@ -3,7 +3,8 @@
 //! `bridge` → **`routing`** → topic, webhook, retry schedule.
 //!
 //! # Invariants
-//! 1. The first route of `[[environments.NAME.routes]]` whose `when` matches decides; the built-in `default` matches all.
+//! 1. The first route of `[[environments.NAME.routes]]` whose `when` matches decides; the built-in `default` matches all,
+//!    whatever its own `when` says, so that there is always a decision.
 //! 2. The topic is the route's template with `{tenant}` filled in; a caller who names a topic gets it only where a
 //!    route's topic is that name ([`Refused::Topic`] otherwise), so nobody publishes past the declared topics.
 //! 3. The same input gives the same decision and the same reason; `dealscale routes explain` runs this very code.
@@ -67,7 +68,8 @@ impl Router {
 
     pub fn decide(&self, input: Input<'_>) -> Result<Decision<'_>, Refused> {
         for route in self.routes() {
-            let Some(mut reasons) = matches(&route.when, &input) else { continue };
+            let matched = if route.name == Route::DEFAULT { Some(Vec::new()) } else { matches(&route.when, &input) };
+            let Some(mut reasons) = matched else { continue };
             let topic = topic_of(route, input.tenant)?;
             if let Some(wanted) = input.topic {
                 if *wanted != topic {
@@ -120,3 +122,6 @@ fn matches(when: &When, input: &Input<'_>) -> Option<Vec<String>> {
     }
     Some(reasons)
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,5 +3,11 @@
 //!
 //! Run one module with `tests/real/run.sh n8n`.
 
+#![allow(clippy::unwrap_used)] // all of it is tests, helpers included
+
+#[path = "../support/conformance.rs"]
+mod conformance;
 mod n8n;
+mod postgres;
+mod pulsar;
 mod support;

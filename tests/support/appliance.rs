@@ -27,6 +27,8 @@ impl Appliance {
     /// Starts with `environment` as the text inside `[environments.production]`'s tables (whole tables, with their heads) and
     /// waits until it is ready. No token is needed and tenants `*` are declared, unless `environment` says otherwise.
     pub async fn start(dir: &Path, environment: &str) -> Self {
+        // As `cli` does for the process; a second test finds it installed.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let (bridge, admin) = (free_port(), free_port());
         let tenants = if environment.contains(".tenants.") { "" } else { "[environments.production.tenants.\"*\"]\n" };
         let bridge_table = if environment.contains("[bridge]") { "" } else { "[bridge]\ntoken_required = false\n" };

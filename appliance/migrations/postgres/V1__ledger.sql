@@ -35,7 +35,7 @@ CREATE TABLE events (
   current BYTEA,
   history BYTEA,
   PRIMARY KEY (id, tenant)
-) WITH (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);
 
 CREATE INDEX events_time ON events (accepted_at, seq);
 CREATE INDEX events_tenant_time ON events (tenant, accepted_at, seq);

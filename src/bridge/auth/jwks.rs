@@ -166,6 +166,13 @@ impl Keys {
         self.known.load().as_ref().and_then(|known| known.find(id, alg)).ok_or(Refused::UnknownKey)
     }
 
+    /// As if the last fetch had been `by` earlier.
+    #[cfg(test)]
+    pub(super) async fn age_fetch(&self, by: Duration) {
+        let mut last = self.fetching.lock().await;
+        *last = last.and_then(|at| at.checked_sub(by));
+    }
+
     fn refresh_beside(self: &Arc<Self>) {
         if self.refreshing.swap(true, Ordering::AcqRel) {
             return;

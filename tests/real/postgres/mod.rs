@@ -1,0 +1,4 @@
+//! What stands on PostgreSQL, against real servers that these tests start and kill themselves ([`cluster`]).
+
+pub mod cluster;
+mod payloads;

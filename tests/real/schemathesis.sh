@@ -1,0 +1,44 @@
+#!/bin/bash
+# Fuzzes a running bridge against the OpenAPI document that it serves.
+#
+#   schemathesis.sh install
+#   schemathesis.sh run URL TOKEN [OPTION...]     options go to schemathesis, such as --max-examples 500 or --seed N
+#
+# schemathesis comes from PyPI into a venv of its own in the cache. Fails on the first kind of answer that the document does
+# not know, on a wrong content type or schema, on 5xx, on rubbish that was accepted, and on a request without a right token
+# that was answered.
+set -euo pipefail
+cd "$(dirname "$0")" && . servers/lib.sh
+
+SCHEMATHESIS_VERSION=4.32.5
+VENV=$CACHE/schemathesis-$SCHEMATHESIS_VERSION
+
+install() {
+  [ -e "$VENV/.complete" ] && return 0
+  python3 -m venv "$VENV"
+  with_progress "pip: schemathesis $SCHEMATHESIS_VERSION" "$VENV/install.log" \
+    "$VENV/bin/pip" install --disable-pip-version-check "schemathesis==$SCHEMATHESIS_VERSION"
+  touch "$VENV/.complete"
+}
+
+case "${1:-}" in
+  install) locked schemathesis install ;;
+  run)
+    locked schemathesis install
+    url=$2 token=$3
+    shift 3
+    # A 403 for a tenant that is not declared, a 404 for an id that is made up, and the like are right answers to
+    # requests that fit the schema. The payload and result of external workers take a reference, not this token.
+    cd "$(mktemp -d)"
+    cat >schemathesis.toml <<TOML
+[checks]
+positive_data_acceptance.expected-statuses = ["2xx", "400", "401", "403", "404", "409", "422"]
+# A batch is refused item by item; a long poll may last bridge.wait_max.
+negative_data_rejection.expected-statuses = ["207", "400", "401", "403", "404", "405", "406", "408", "409", "413", "415", "422", "429", "5xx"]
+max_response_time.limit = 70.0
+TOML
+    "$VENV/bin/schemathesis" --config-file schemathesis.toml run "$url/openapi.json" --header "Authorization: Bearer $token" \
+      --checks all --max-examples 60 --workers 2 --request-timeout 90 "$@"
+    ;;
+  *) die "usage: schemathesis.sh install | run URL TOKEN [OPTION...]" ;;
+esac

@@ -1,0 +1,41 @@
+// The OAuth2 server of the tests: one client with client credentials, access tokens as RS256 JWTs for the audience that
+// the request's `resource` names (RFC 8707). Started by oidc.sh.
+import { readFileSync, writeFileSync } from 'node:fs';
+import { generateKeyPairSync, randomUUID } from 'node:crypto';
+import Provider from 'oidc-provider';
+
+const { PORT, STATE, CLIENT_SECRET, AUDIENCE, ROTATE } = process.env;
+const file = `${STATE}/keys.json`;
+
+let keys = [];
+try { keys = JSON.parse(readFileSync(file, 'utf8')); } catch { /* the first start */ }
+if (!keys.length || ROTATE) {
+  const { privateKey } = generateKeyPairSync('rsa', { modulusLength: 2048 });
+  // The first key of the set signs.
+  keys.unshift({ ...privateKey.export({ format: 'jwk' }), kid: randomUUID(), use: 'sig', alg: 'RS256' });
+  writeFileSync(file, JSON.stringify(keys), { mode: 0o600 });
+}
+
+const provider = new Provider(`http://127.0.0.1:${PORT}`, {
+  clients: [{
+    client_id: 'n8n', client_secret: CLIENT_SECRET, grant_types: ['client_credentials'], redirect_uris: [], response_types: [],
+    scope: 'publish read operate',
+  }],
+  jwks: { keys },
+  scopes: ['publish', 'read', 'operate'],
+  ttl: { ClientCredentials: 600 },
+  features: {
+    devInteractions: { enabled: false },
+    clientCredentials: { enabled: true },
+    resourceIndicators: {
+      enabled: true,
+      defaultResource: () => `urn:${AUDIENCE}`,
+      getResourceServerInfo: (_ctx, resource) => ({
+        scope: 'publish read operate', audience: resource.replace(/^urn:/, ''), accessTokenFormat: 'jwt', jwt: { sign: { alg: 'RS256' } },
+      }),
+    },
+  },
+  // What `tenants_claim` of the appliance reads.
+  extraTokenClaims: () => ({ tenants: ['acme', 'default'] }),
+});
+provider.listen(Number(PORT), '127.0.0.1');
