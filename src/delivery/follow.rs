@@ -222,7 +222,7 @@ async fn finish(ctx: &Ctx, followed: Followed, end: End) {
     ctx.active().remove(&key);
     drop(permit);
     let input = match fate {
-        Some((meta, fate)) => Input::Fate { meta, fate },
+        Some((meta, fate)) => Input::Fate { meta, fate: Box::new(fate) },
         None => Input::FollowFreed,
     };
     let _ = ctx.to_worker.send(input).await;

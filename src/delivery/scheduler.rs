@@ -35,10 +35,13 @@ pub struct Limits {
     pub routes: Vec<usize>,
 }
 
+/// By priority, then arrival.
+type Line<T> = BTreeMap<(u8, u64), (Meta, T)>;
+
 struct Lane<T> {
     pass: u64,
     /// By route, since one route may be full or its server down while others are not.
-    routes: BTreeMap<RouteIndex, BTreeMap<(u8, u64), (Meta, T)>>,
+    routes: BTreeMap<RouteIndex, Line<T>>,
 }
 
 pub struct Scheduler<T> {

@@ -11,7 +11,7 @@ use super::work::Ctx;
 use crate::broker::Outgoing;
 use crate::clock::Timestamp;
 use crate::config::routes::ConsumerKind;
-use crate::event::Envelope;
+use crate::event::{Envelope, State};
 use crate::observe::delivery as events;
 use crate::payloads::{Change, Due, Transition};
 use crate::references;
@@ -20,6 +20,8 @@ use crate::references;
 const ROUND: usize = 500;
 /// Rounds of one sweep: a long backlog in the broker is open work too, and looking through it must not keep the ledger busy.
 const SWEEP_ROUNDS: usize = 20;
+/// Due events remembered while their message is held here.
+const SKIPPED_MAX: usize = 10_000;
 /// The ledger is asked for due events at least this often: another appliance, a replay or an earlier run of this one may
 /// have made them.
 const POLL: Duration = Duration::from_secs(1);
@@ -60,6 +62,8 @@ impl Alarm {
 /// Publishes again what is due: retries that were parked, delayed events, replays.
 pub(super) async fn due_loop(ctx: Arc<Ctx>) {
     let mut unpublished: Vec<Due> = Vec::new();
+    // Due, but this process held their message, or was just letting go of it.
+    let mut skipped: Vec<Due> = Vec::new();
     loop {
         let next = Timestamp(ctx.alarm.next.load(Ordering::Acquire));
         let wait = if next.0 == i64::MAX { POLL } else { ctx.span_until(next).min(POLL) };
@@ -87,8 +91,12 @@ pub(super) async fn due_loop(ctx: Arc<Ctx>) {
                 if due.len() == ROUND {
                     ctx.alarm.now();
                 }
-                let due = due.into_iter().filter(|due| !ctx.is_held(&due.envelope.key())).collect();
-                unpublished = publish(&ctx, due, "timer").await;
+                let again = still_due(&ctx, &mut skipped).await;
+                let (held, free): (Vec<_>, Vec<_>) = due.into_iter().partition(|due| ctx.is_held(&due.envelope.key()));
+                skipped.extend(held);
+                // Beyond, the ledger itself names them again after a minute.
+                skipped.truncate(SKIPPED_MAX);
+                unpublished = publish(&ctx, free.into_iter().chain(again).collect(), "timer").await;
             }
             Err(error) => {
                 events::Waiting { what: "ledger", error: &error.to_string() }.emit();
@@ -98,6 +106,27 @@ pub(super) async fn due_loop(ctx: Arc<Ctx>) {
             }
         }
     }
+}
+
+/// Of what was skipped and is held no more: what the ledger still says is due, such as an event that was replayed while this
+/// process was still letting go of it.
+async fn still_due(ctx: &Ctx, skipped: &mut Vec<Due>) -> Vec<Due> {
+    let mut still = Vec::new();
+    for due in std::mem::take(skipped) {
+        let key = due.envelope.key();
+        if ctx.is_held(&key) {
+            skipped.push(due);
+            continue;
+        }
+        match ctx.store.get(&key, false).await {
+            Ok(Some(row)) if row.state == State::Relayed && row.next_at.is_none_or(|at| at <= ctx.clock.now()) => {
+                still.push(due);
+            }
+            Ok(_) => {}
+            Err(_) => skipped.push(due),
+        }
+    }
+    still
 }
 
 /// Publishes again what is open although the broker has nothing of it: after the loss of a broker's data, after a crash

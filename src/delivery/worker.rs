@@ -45,7 +45,7 @@ pub(super) enum Input {
     /// A call is over: the slot is free, and the server's health known (or not).
     Called { meta: Meta, trial: Option<Trial>, healthy: Option<bool> },
     /// The follower is done with an event that holds an ordering key.
-    Fate { meta: Meta, fate: Fate },
+    Fate { meta: Meta, fate: Box<Fate> },
     /// The follower has room again.
     FollowFreed,
     /// A server was probed.
@@ -254,7 +254,10 @@ impl Worker {
             self.paused_until = None;
         }
         let paused = self.paused_until.is_some();
-        while !paused {
+        loop {
+            if paused {
+                break;
+            }
             let room_to_follow = self.ctx.follow_slots.available_permits() > 0;
             let (servers, server_of, follows) = (&self.servers, &self.server_of, &self.follows);
             let allows =
@@ -287,7 +290,7 @@ impl Worker {
                     events::Breaker { server: &server.name, open: !closed }.emit();
                 }
             }
-            Input::Fate { meta, fate } => self.fate(meta, fate),
+            Input::Fate { meta, fate } => self.fate(meta, *fate),
             Input::FollowFreed => {}
             Input::Probed { server, there } => {
                 self.servers[server].breaker.probed(std::time::Instant::now(), there);
