@@ -89,7 +89,8 @@ async fn child(dir: &Path, store: OutboxStore, first: u64) {
     let append = async {
         for n in first.. {
             let events: Vec<_> = (0..4).map(|i| event(n * 4 + i)).collect();
-            let items = events.iter().map(|e| Append { event: e.clone(), idempotency_key: None, answer: Default::default() });
+            let items =
+                events.iter().map(|e| Append { event: e.clone(), idempotency_key: None, answer: Default::default() });
             for (result, event) in outbox.append_batch(items.collect()).await.into_iter().zip(&events) {
                 let sequence = result.unwrap().sequence.unwrap().0;
                 say(format!("ack {sequence} {} {}", event.envelope.tenant, event.envelope.execution_id));
@@ -166,14 +167,19 @@ fn kills_lose_nothing(store: &str) {
         killer.join().unwrap();
         child.wait().unwrap();
     }
-    assert!(acknowledged.len() > kills, "only {} acknowledgements in {kills} lives: this proves nothing", acknowledged.len());
+    assert!(
+        acknowledged.len() > kills,
+        "only {} acknowledgements in {kills} lives: this proves nothing",
+        acknowledged.len()
+    );
 
     // Every acknowledged event is in the outbox or in the local broker, and in one of them only.
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let outbox = open(&dir.path().join("outbox"), store_of(store));
         assert_eq!(outbox.status().data_loss_possible, None);
-        let messages = outbox.local().browse(&Topic::try_new("dealscale.workflow.long").unwrap(), usize::MAX).await.unwrap();
+        let messages =
+            outbox.local().browse(&Topic::try_new("dealscale.workflow.long").unwrap(), usize::MAX).await.unwrap();
         let mut forwarded = std::collections::BTreeSet::new();
         for message in messages {
             let id = String::from_utf8(message.forward.claims.clone()).unwrap();
@@ -184,13 +190,21 @@ fn kills_lose_nothing(store: &str) {
             let key = Key { tenant: Tenant::try_new(tenant).unwrap(), execution_id: id.parse().unwrap() };
             let found = outbox.find(&key).await.unwrap();
             let moved = forwarded.contains(&(tenant.clone(), id.clone()));
-            assert!(found.is_some() != moved, "{id} (sequence {sequence}): in the outbox {}, forwarded {moved}", found.is_some());
+            assert!(
+                found.is_some() != moved,
+                "{id} (sequence {sequence}): in the outbox {}, forwarded {moved}",
+                found.is_some()
+            );
             if let Some(found) = found {
                 assert_eq!(BodyHash::of(&found.event.body), found.event.envelope.body_hash);
                 waiting += 1;
             }
         }
-        println!("{store}: {kills} kills, {} acknowledged, {waiting} wait, {} forwarded, none lost", acknowledged.len(), forwarded.len());
+        println!(
+            "{store}: {kills} kills, {} acknowledged, {waiting} wait, {} forwarded, none lost",
+            acknowledged.len(),
+            forwarded.len()
+        );
         outbox.close().await.unwrap();
     });
 }

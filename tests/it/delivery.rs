@@ -1,5 +1,7 @@
 //! Relay and delivery over the embedded stores, in this process, against a receiver in n8n's place.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are not seen as tests
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -201,6 +203,19 @@ impl Process {
         self.runtime.take().unwrap().shutdown_background();
     }
 
+    /// The status is made a few times a second.
+    async fn wait_for(&self, is: impl Fn(&delivery::Status) -> bool) {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let status = self.delivery.status();
+            if is(&status) {
+                return;
+            }
+            assert!(Instant::now() < end, "{status:#?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     async fn drain(mut self) -> bool {
         let drained = self.supervisor.drain(Duration::from_secs(5)).await;
         self.runtime.take().unwrap().shutdown_background();
@@ -361,8 +376,7 @@ async fn a_dead_n8n_burns_few_attempts_and_its_return_delivers_all() {
         keys.push(world.publish("acme", n, |_| {}).await);
     }
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let status = process.delivery.status();
-    assert_eq!(status.breakers_open, [format!("http://{address}")]);
+    process.wait_for(|status| status.breakers_open == [format!("http://{address}")]).await;
     let mut begun = 0;
     for key in &keys {
         begun += world.row(key).await.map_or(0, |row| row.attempts);
@@ -375,11 +389,7 @@ async fn a_dead_n8n_burns_few_attempts_and_its_return_delivers_all() {
     }
     assert_eq!(calls(&receiver).len(), 40);
     world.empty().await;
-    let end = Instant::now() + LIMIT;
-    while !process.delivery.status().breakers_open.is_empty() {
-        assert!(Instant::now() < end, "the breaker stays open");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    process.wait_for(|status| status.breakers_open.is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -458,14 +468,14 @@ async fn a_dead_letter_holds_its_key_over_a_restart_until_it_is_discarded() {
     let process = world.start();
     let first = world.publish("acme", 0, ordered("k")).await;
     let second = world.publish("acme", 1, ordered("k")).await;
-    let other = world.publish("acme", 2, ordered("another")).await;
     world.until(&first, State::Dead).await;
+    let other = world.publish("acme", 2, ordered("another")).await;
     world.until(&other, State::Delivered).await;
     assert!(process.drain().await);
     let process = world.start();
     tokio::time::sleep(Duration::from_millis(700)).await;
     assert_eq!(world.row(&second).await.unwrap().state, State::Relayed);
-    assert_eq!(process.delivery.status().keys_held, 1);
+    process.wait_for(|status| status.keys_held == 1).await;
     assert_eq!(world.store.discard(&first).await.unwrap(), Some(true));
     world.until(&second, State::Delivered).await;
     world.empty().await;
@@ -526,14 +536,14 @@ async fn a_delayed_event_arrives_at_its_time() {
     let world = World::new(&receiver, QUICK).await;
     let _process = world.start();
     let started = Instant::now();
-    let at = Clock::System.now().plus(Duration::from_millis(1_500));
+    let at = Clock::System.now().plus(Duration::from_secs(3));
     let late = world.publish("acme", 1, |envelope| envelope.deliver_at = Some(at)).await;
     let soon = world.publish("acme", 2, |_| {}).await;
     world.until(&soon, State::Delivered).await;
-    assert!(started.elapsed() < Duration::from_secs(1));
+    assert!(Clock::System.now() < at, "an event that was not delayed took as long");
     world.until(&late, State::Delivered).await;
     let waited = started.elapsed();
-    assert!(waited >= Duration::from_millis(1_450) && waited < Duration::from_secs(4), "{waited:?}");
+    assert!(waited >= Duration::from_millis(2_950) && waited < Duration::from_secs(8), "{waited:?}");
     assert_eq!(numbers(&calls(&receiver)), [2, 1]);
 }
 
@@ -667,7 +677,7 @@ async fn an_execution_is_followed_to_its_end() {
     for key in &keys[..3] {
         assert_eq!(world.row(key).await.unwrap().state, State::Delivering);
     }
-    assert!(process.delivery.status().following >= 3);
+    process.wait_for(|status| status.following >= 3).await;
     for (n, status) in [(0, "success"), (1, "error"), (2, "crashed")] {
         executions.set(ids[&n], status);
     }
@@ -678,10 +688,7 @@ async fn an_execution_is_followed_to_its_end() {
     // n8n does not save it.
     world.until(&keys[3], State::Unknown).await;
     assert_eq!(calls(&receiver).len(), 4);
-    // The figure follows the ledger by a moment.
-    while process.delivery.status().following != 0 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    process.wait_for(|status| status.following == 0).await;
     world.empty().await;
 }
 
@@ -729,11 +736,7 @@ async fn following_goes_on_after_a_kill_and_after_a_drain() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     process.kill();
     let process = world.start();
-    let end = Instant::now() + LIMIT;
-    while process.delivery.status().following == 0 {
-        assert!(Instant::now() < end, "it is not followed again: {:#?}", world.row(&key).await);
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    process.wait_for(|status| status.following == 1).await;
     assert!(process.drain().await);
     let row = world.row(&key).await.unwrap();
     assert_eq!((row.state, row.attempts), (State::Delivering, 1));
