@@ -4,6 +4,8 @@
 //! acknowledgement on a pipe; the parent keeps the acknowledged ids outside, kills the child at a random moment, and in the end reads the
 //! folder. `DEALSCALE_KILLS=5000 cargo test --test crash` is the longer run.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::disallowed_methods)] // all of it is tests, helpers included
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -41,7 +43,7 @@ fn open(dir: &Path, store: OutboxStore) -> Outbox {
 
 fn event(n: u64) -> Event {
     // Now and then one that does not fit into a value.
-    let body = format!("{n}:").into_bytes().repeat(if n % 17 == 0 { 20_000 } else { 60 });
+    let body = format!("{n}:").into_bytes().repeat(if n.is_multiple_of(17) { 20_000 } else { 60 });
     Event {
         envelope: Envelope {
             tenant: Tenant::try_new(["a", "b"][n as usize % 2]).unwrap(),

@@ -189,10 +189,8 @@ impl Owner {
                     }
                 }
             }
-            if let Some(engine) = &mut engine {
-                if let Some(witness) = &mut witness {
-                    witness.saw(engine.next);
-                }
+            if let (Some(engine), Some(witness)) = (&engine, &mut witness) {
+                witness.saw(engine.next);
             }
         }
     }
