@@ -49,11 +49,9 @@ const CLOSE_MAX: Duration = Duration::from_secs(10);
 pub struct App {
     inner: Arc<Inner>,
     stop: bridge::Stop,
-    /// Delivery: ends first.
-    work: Supervisor,
     /// Listeners: end when deliveries are done.
     front: Supervisor,
-    /// Relay and exporters: end last.
+    /// Brokers and exporters: end last.
     back: Supervisor,
 }
 
@@ -71,8 +69,23 @@ struct Room {
     outbox: Outbox,
     store: Store,
     broker: Broker,
+    n8n: N8n,
+    finals: Finals,
+    receipts: Receipts,
+    /// Shared by relay and delivery over their restarts.
+    alarm: delivery::Alarm,
+    clock: Clock,
+    running: Mutex<Running>,
+}
+
+/// What a reload starts anew.
+struct Running {
     relay: Relay,
     delivery: Delivery,
+    /// Delivery's tasks: end first.
+    work: Supervisor,
+    /// The relay's: end last.
+    back: Supervisor,
 }
 
 impl App {
@@ -82,7 +95,7 @@ impl App {
     /// State that cannot be opened, with what to do about it.
     pub async fn start(config: Config, overrides: Overrides, logs: Logs) -> Result<(Self, Failures), String> {
         let (supervisor, failures) = Supervisor::new();
-        let (work, front, back) = (supervisor.sibling(), supervisor.sibling(), supervisor);
+        let (front, back) = (supervisor.sibling(), supervisor);
         let clock = Clock::System;
         if config.bare {
             tracing::warn!("no configuration file: embedded defaults, any tenant, and publishing without a token");
@@ -94,7 +107,7 @@ impl App {
         let keys = Arc::new(KeyRing::open(&config.signing)?);
         let (mut rooms, mut bridge_parts) = (BTreeMap::new(), BTreeMap::new());
         for environment in config.environments.values() {
-            let (room, parts) = open_room(environment, &keys, &clock, &work, &back).await?;
+            let (room, parts) = open_room(environment, &keys, &clock, &back).await?;
             rooms.insert(environment.name.clone(), room);
             bridge_parts.insert(environment.name.clone(), parts);
         }
@@ -153,7 +166,7 @@ impl App {
             }
         });
         tracing::info!(version = env!("CARGO_PKG_VERSION"), bridge = %listen, admin = %admin_listen, "started");
-        Ok((Self { inner, stop, work, front, back }, failures))
+        Ok((Self { inner, stop, front, back }, failures))
     }
 
     /// Reads the configuration again; see [`Inner::reload`].
@@ -166,7 +179,10 @@ impl App {
         let deadline = self.inner.config().bridge.drain_timeout.0;
         tracing::info!(deadline_seconds = deadline.as_secs(), "stopping: no new deliveries");
         self.stop.draining.cancel();
-        if !self.work.drain(deadline).await {
+        let drained = self.inner.rooms.values().map(|room| room.supervisors().0.clone());
+        let drained: Vec<_> = drained.collect();
+        let drained = futures_util::future::join_all(drained.iter().map(|work| work.drain(deadline))).await;
+        if drained.contains(&false) {
             tracing::warn!("deliveries were still under way at the deadline; they go on after the next start");
         }
         self.stop.last.cancel();
@@ -175,6 +191,10 @@ impl App {
         }
         if tokio::time::timeout(CLOSE_MAX, self.inner.bridge.finish()).await.is_err() {
             tracing::warn!("records of direct calls were still being written at the deadline");
+        }
+        for room in self.inner.rooms.values() {
+            let relay = room.supervisors().1;
+            relay.drain(CLOSE_MAX).await;
         }
         self.back.drain(CLOSE_MAX).await;
         for (name, room) in &self.inner.rooms {
@@ -193,8 +213,7 @@ async fn open_room(
     config: &EnvironmentConfig,
     keys: &Arc<KeyRing>,
     clock: &Clock,
-    work: &Supervisor,
-    back: &Supervisor,
+    supervisor: &Supervisor,
 ) -> Result<(Room, bridge::Parts), String> {
     let name = &config.name;
     let at = |what: &str, error: String| format!("environment {name}: {what}: {error}");
@@ -222,51 +241,74 @@ async fn open_room(
     let broker = broker.map_err(|e| at("broker", e.to_string()))?;
     let n8n = N8n::new(&config.n8n).map_err(|e| at("n8n", e))?;
     let (finals, receipts) = (Finals::default(), Receipts::default());
-    let on_final = {
-        let finals = finals.clone();
-        Arc::new(move |key: &crate::ids::Key, state| finals.notify(key, state))
-    };
     let alarm = delivery::Alarm::default();
-    let delivery = Delivery::start(
-        delivery::Parts {
-            config: shared.clone(),
-            store: store.clone(),
-            broker: broker.clone(),
-            n8n: n8n.clone(),
-            clock: clock.clone(),
-            on_final: on_final.clone(),
-            alarm: alarm.clone(),
-        },
-        work,
-    );
-    let delivery = delivery.map_err(|e| at("delivery", e))?;
-    let relay = Relay::start(
-        relay::Parts {
-            config: shared,
-            outbox: outbox.clone(),
-            store: store.clone(),
-            broker: broker.clone(),
-            clock: clock.clone(),
-            on_final,
-            on_receipt: {
-                let receipts = receipts.clone();
-                Arc::new(move |key, message_id| receipts.notify(key, message_id))
-            },
-            on_delayed: Arc::new(move |at| alarm.at(at)),
-        },
-        back,
-    );
     let parts = bridge::Parts {
         outbox: outbox.clone(),
         store: store.clone(),
         broker: broker.clone(),
-        n8n,
+        n8n: n8n.clone(),
         keys: keys.clone(),
-        finals,
-        receipts,
+        finals: finals.clone(),
+        receipts: receipts.clone(),
     };
-    let room = Room { outbox, store, broker, relay, delivery };
+    supervisor.spawn("broker", {
+        let (broker, shutdown) = (broker.clone(), supervisor.shutdown());
+        async move {
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                task = broker.failed() => tracing::error!(task, "a task of the broker ended unasked"),
+            }
+        }
+    });
+    let clock = clock.clone();
+    let (work, back) = (supervisor.sibling(), supervisor.sibling());
+    let running = Mutex::new(run(&outbox, &store, &broker, &n8n, &finals, &receipts, &alarm, &clock, shared, work, back)?);
+    let room = Room { outbox, store, broker, n8n, finals, receipts, alarm, clock, running };
     Ok((room, parts))
+}
+
+/// Starts relay and delivery.
+#[expect(clippy::too_many_arguments, reason = "the arrow: each part once, in its order")]
+fn run(
+    outbox: &Outbox,
+    store: &Store,
+    broker: &Broker,
+    n8n: &N8n,
+    finals: &Finals,
+    receipts: &Receipts,
+    alarm: &delivery::Alarm,
+    clock: &Clock,
+    config: Arc<EnvironmentConfig>,
+    work: Supervisor,
+    back: Supervisor,
+) -> Result<Running, String> {
+    let on_final = {
+        let finals = finals.clone();
+        Arc::new(move |key: &crate::ids::Key, state| finals.notify(key, state))
+    };
+    let parts = delivery::Parts {
+        config: config.clone(),
+        store: store.clone(),
+        broker: broker.clone(),
+        n8n: n8n.clone(),
+        clock: clock.clone(),
+        on_final: on_final.clone(),
+        alarm: alarm.clone(),
+    };
+    let delivery = Delivery::start(parts, &work).map_err(|e| format!("environment {}: delivery: {e}", config.name))?;
+    let (receipts, alarm) = (receipts.clone(), alarm.clone());
+    let parts = relay::Parts {
+        config,
+        outbox: outbox.clone(),
+        store: store.clone(),
+        broker: broker.clone(),
+        clock: clock.clone(),
+        on_final,
+        on_receipt: Arc::new(move |key, message_id| receipts.notify(key, message_id)),
+        on_delayed: Arc::new(move |at| alarm.at(at)),
+    };
+    let relay = Relay::start(parts, &back);
+    Ok(Running { relay, delivery, work, back })
 }
 
 impl Inner {
@@ -328,8 +370,8 @@ impl Inner {
                 "outbox": room.outbox.status(),
                 "payloads": room.store.status().await,
                 "broker": room.broker.status(),
-                "relay": room.relay.status(),
-                "delivery": room.delivery.status(),
+                "relay": room.relay().status(),
+                "delivery": room.delivery().status(),
             });
             all.insert(name.to_string(), details);
         }
@@ -346,7 +388,23 @@ impl Inner {
             problems
         })?;
         let old = self.config();
-        self.bridge.reload(&new).map_err(|e| vec![e])?;
+        // Before the bridge knows a new route delivery must: no event may meet a delivery that takes its route for a removed one.
+        let mut starting = Vec::new();
+        for (name, room) in &self.rooms {
+            let (Some(was), Some(environment)) = (old.environments.get(name), new.environments.get(name)) else { continue };
+            if works_differently(was, environment) {
+                let (work, relay) = room.supervisors();
+                tracing::info!(environment = %name, "delivery ends to start again with the new configuration");
+                work.drain(old.bridge.drain_timeout.0).await;
+                relay.drain(CLOSE_MAX).await;
+                starting.push((room, Arc::new(environment.clone())));
+            }
+        }
+        let reloaded = self.bridge.reload(&new);
+        for (room, environment) in starting {
+            room.restart(environment, &old).map_err(|e| vec![e])?;
+        }
+        reloaded.map_err(|e| vec![e])?;
         self.logs.refilter(&new.log);
         let needs_restart = needs_restart(&old, &new);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = new;
@@ -355,11 +413,20 @@ impl Inner {
     }
 }
 
+/// Whether relay and delivery have to start again.
+fn works_differently(old: &EnvironmentConfig, new: &EnvironmentConfig) -> bool {
+    let shown = |c: &EnvironmentConfig| format!("{:?}{:?}{:?}{:?}", c.routes, c.default_route, c.delivery, c.tenants);
+    // Secrets print as dots; whether a secret changed is not to be seen, so a reload with secrets always starts again.
+    let secrets = |c: &EnvironmentConfig| shown(c).contains("••••");
+    shown(old) != shown(new) || secrets(new)
+}
+
 /// Keys that differ and that a reload does not apply.
 fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     let fixed = |key: &str| {
         let inside = key.strip_prefix("environments.").and_then(|rest| rest.split_once('.')).map(|(_, inside)| inside);
         match inside {
+            Some(inside) if inside.ends_with(".topic") => true,
             Some(inside) => ["dir", "n8n.", "outbox.", "payloads.", "broker."].iter().any(|p| inside.starts_with(p)),
             None => {
                 ["state_dir", "admin.", "trace.", "signing.", "log.dir", "log.format", "log.files_max"]
@@ -386,6 +453,41 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
 }
 
 impl Room {
+    fn running(&self) -> std::sync::MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn relay(&self) -> Relay {
+        self.running().relay.clone()
+    }
+    fn delivery(&self) -> Delivery {
+        self.running().delivery.clone()
+    }
+    /// Of delivery and of the relay.
+    fn supervisors(&self) -> (Supervisor, Supervisor) {
+        let running = self.running();
+        (running.work.clone(), running.back.clone())
+    }
+
+    /// Starts relay and delivery with `config`; where it cannot be used, with the old one.
+    fn restart(&self, config: Arc<EnvironmentConfig>, old: &Config) -> Result<(), String> {
+        let Self { outbox, store, broker, n8n, finals, receipts, alarm, clock, .. } = self;
+        let start = |config: Arc<EnvironmentConfig>| {
+            let (work, back) = self.supervisors();
+            let (work, back) = (work.sibling(), back.sibling());
+            run(outbox, store, broker, n8n, finals, receipts, alarm, clock, config, work, back)
+        };
+        match start(config.clone()) {
+            Ok(running) => *self.running() = running,
+            Err(error) => {
+                if let Some(old) = old.environments.get(&config.name) {
+                    *self.running() = start(Arc::new(old.clone()))?;
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     async fn report(&self, name: &Environment) -> Vec<Part> {
         let part = |what: &str, level: Level, detail: String| Part::new(format!("{name}/{what}"), level, detail);
         let outbox = self.outbox.status();
@@ -419,13 +521,13 @@ impl Room {
                 format!("{} is away: {}", broker.kind, broker.last_error.unwrap_or_default()),
             )
         };
-        let relay = self.relay.status();
+        let relay = self.relay().status();
         let relay = if relay.failing {
             part("relay", Level::Degraded, relay.last_error.unwrap_or_default())
         } else {
             part("relay", Level::Ok, format!("{} relayed", relay.relayed_total))
         };
-        let delivery = self.delivery.status();
+        let delivery = self.delivery().status();
         let delivery = if !delivery.breakers_open.is_empty() {
             let text = format!("not called at present: {}; events wait", delivery.breakers_open.join(", "));
             part("delivery", Level::Degraded, text)
