@@ -1,6 +1,8 @@
 //! What can be said of the shipped n8n templates and their guide without n8n. That they import and run is proven in
 //! `tests/real/n8n.rs`.
 
+#![allow(clippy::unwrap_used)] // all of it is tests, helpers included
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 

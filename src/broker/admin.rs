@@ -24,8 +24,8 @@ pub enum Error {
     Unreachable { url: String, cause: String },
     #[error("Pulsar does not accept our token (401 while asked to {doing}): check broker.token or oauth2_*")]
     Unauthenticated { doing: String },
-    #[error("Pulsar does not let our role {doing} (403)")]
-    Forbidden { doing: String },
+    #[error("Pulsar does not let our role {doing}: {text}")]
+    Forbidden { doing: String, text: String },
     #[error("Pulsar answered {status} when asked to {doing}: {text}")]
     Refused { status: u16, doing: String, text: String },
 }
@@ -171,20 +171,29 @@ impl Admin {
         let response = request.send().await.map_err(|e| unreachable(cause(&e)))?;
         let status = response.status();
         let body = response.bytes().await.map_err(|e| unreachable(cause(&e)))?;
-        match status {
-            StatusCode::UNAUTHORIZED => Err(Error::Unauthenticated { doing: doing.to_owned() }),
-            StatusCode::FORBIDDEN => Err(Error::Forbidden { doing: doing.to_owned() }),
+        // Pulsar says 401 also to a role that it knows but does not let: then with a reason of its own.
+        match (status, Self::reason(&body)) {
+            (StatusCode::UNAUTHORIZED, None) => Err(Error::Unauthenticated { doing: doing.to_owned() }),
+            (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, text) => {
+                Err(Error::Forbidden { doing: doing.to_owned(), text: text.unwrap_or_else(|| status.to_string()) })
+            }
             _ => Ok((status, body.to_vec())),
         }
     }
 
+    /// `{"reason":"…"}`, shortened.
+    fn reason(body: &[u8]) -> Option<String> {
+        let value: Value = serde_json::from_slice(body).ok()?;
+        Some(Self::first_line(value.get("reason")?.as_str()?))
+    }
+
+    fn first_line(text: &str) -> String {
+        text.lines().next().unwrap_or_default().chars().take(300).collect()
+    }
+
     fn refused(status: StatusCode, body: &[u8], doing: &str) -> Error {
-        // `{"reason":"…"}`, or a page of Jetty's.
-        let text = serde_json::from_slice::<Value>(body)
-            .ok()
-            .and_then(|value| Some(value.get("reason")?.as_str()?.to_owned()))
-            .unwrap_or_else(|| String::from_utf8_lossy(body).into_owned());
-        let text: String = text.lines().next().unwrap_or_default().chars().take(300).collect();
+        // Without a reason it is a page of Jetty's.
+        let text = Self::reason(body).unwrap_or_else(|| Self::first_line(&String::from_utf8_lossy(body)));
         Error::Refused { status: status.as_u16(), doing: doing.to_owned(), text }
     }
 

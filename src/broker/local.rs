@@ -24,12 +24,28 @@ pub(super) struct Local {
     clock: Clock,
     opened: Timestamp,
     last_error: Mutex<Option<String>>,
+    dropped: Arc<Mutex<Vec<String>>>,
+}
+
+/// A message that is out. Dropped unsettled it is given back by the next `receive`.
+#[derive(Debug)]
+pub(super) struct Lease {
+    id: Option<String>,
+    dropped: Arc<Mutex<Vec<String>>>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(id) = self.id.take() {
+            self.dropped.lock().unwrap_or_else(PoisonError::into_inner).push(id);
+        }
+    }
 }
 
 impl Local {
     pub(super) fn new(environment: Environment, topics: Topics, store: outbox::Local, clock: Clock) -> Self {
         let opened = clock.now();
-        Self { environment, topics, store, clock, opened, last_error: Mutex::new(None) }
+        Self { environment, topics, store, clock, opened, last_error: Mutex::default(), dropped: Arc::default() }
     }
 
     pub(super) async fn relay(&self, outbox: &Outbox, items: Vec<(Sequence, Outgoing)>) -> Vec<Result<Receipt, Error>> {
@@ -92,6 +108,13 @@ impl Local {
         let topics = self.topics.clone();
         let ours: Arc<dyn Fn(&Topic) -> bool + Send + Sync> = Arc::new(move |topic| topics.tenant_of(topic).is_some());
         loop {
+            let dropped = std::mem::take(&mut *self.dropped.lock().unwrap_or_else(PoisonError::into_inner));
+            if !dropped.is_empty()
+                && let Err(error) = self.store.release(dropped.clone(), Duration::ZERO).await
+            {
+                self.failed(&error);
+                self.dropped.lock().unwrap_or_else(PoisonError::into_inner).extend(dropped);
+            }
             match self.store.receive(ours.clone(), max.max(1)).await {
                 Ok(held) if held.is_empty() => tokio::task::yield_now().await,
                 Ok(held) => return held.into_iter().map(|held| self.received(held)).collect(),
@@ -118,7 +141,7 @@ impl Local {
             properties: held.forward.properties,
             redeliveries: held.redeliveries,
             published_at: Some(held.published_at),
-            handle: Handle::Local(held.id),
+            handle: Handle::Local(Lease { id: Some(held.id), dropped: self.dropped.clone() }),
         }
     }
 
@@ -188,7 +211,7 @@ fn forward(out: Outgoing) -> Forward {
 
 fn id(message: Received) -> Option<String> {
     match message.handle {
-        Handle::Local(id) => Some(id),
+        Handle::Local(mut lease) => lease.id.take(),
         Handle::Pulsar(_) => None,
     }
 }

@@ -49,7 +49,7 @@ pub struct Outgoing {
     pub deliver_at: Option<Timestamp>,
 }
 
-/// The broker has it. The id is for the ledger and for people: Pulsar's `ledger:entry:partition:batch index`, or the
+/// The broker has it. The id is for the ledger and for people: Pulsar's `ledger:entry:batch index`, or the
 /// local broker's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receipt(pub String);
@@ -57,7 +57,7 @@ pub struct Receipt(pub String);
 /// A message that this consumer holds until it settles it.
 #[derive(Debug)]
 pub struct Received {
-    /// For the ledger: Pulsar's `ledger:entry:partition:batch`, or the local broker's.
+    /// For the ledger: Pulsar's `ledger:entry:batch index`, or the local broker's.
     pub message_id: String,
     pub topic: Topic,
     pub reference: Result<Verified, Rejection>,
@@ -73,7 +73,7 @@ pub struct Received {
 /// How a message is given back to the broker it came from.
 #[derive(Debug)]
 enum Handle {
-    Local(String),
+    Local(local::Lease),
     Pulsar(pulsar::Lease),
 }
 
@@ -128,11 +128,24 @@ impl Broker {
             config::Broker::Local { .. } => {
                 Inner::Local(Arc::new(local::Local::new(environment.clone(), topics, outbox.local(), clock)))
             }
-            config::Broker::Pulsar(config) => {
-                Inner::Pulsar(pulsar::Pulsar::open(config, environment.clone(), keys.clone(), topics, clock)?)
-            }
+            config::Broker::Pulsar(config) => return Self::connect(config, environment, keys, topics, clock),
         };
         Ok(Self { inner, keys })
+    }
+
+    /// Pulsar, for those who have no outbox: an appliance's tools.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn connect(
+        config: &config::broker::Pulsar,
+        environment: &Environment,
+        keys: Arc<KeyRing>,
+        topics: Topics,
+        clock: Clock,
+    ) -> Result<Self, Error> {
+        let pulsar = pulsar::Pulsar::open(config, environment.clone(), keys.clone(), topics, clock)?;
+        Ok(Self { inner: Inner::Pulsar(pulsar), keys })
     }
 
     /// The relay's last step: publishes, and confirms each record in the outbox when its receipt is there (for `Local`

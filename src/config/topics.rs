@@ -77,11 +77,21 @@ impl TopicsFile {
         })?;
         let mut sink = Sink::default();
         let mut root = Section::new("", table, &mut sink);
-        let namespace = root.section("namespace", |s| Namespace {
-            retention: s.span("retention", Span::hours(24), Span::secs(60)..=Span::days(366)),
-            retention_bytes_max: s.bytes("retention_bytes_max", Bytes::gib(10), Bytes::mib(1)..=Bytes::gib(1 << 20)),
-            backlog_bytes_max: s.bytes("backlog_bytes_max", Bytes::gib(20), Bytes::mib(1)..=Bytes::gib(1 << 20)),
-            unacknowledged_max: s.count("unacknowledged_max", 10_000, 100..=50_000),
+        let namespace = root.section("namespace", |s| {
+            let namespace = Namespace {
+                retention: s.span("retention", Span::hours(24), Span::secs(60)..=Span::days(366)),
+                retention_bytes_max: s.bytes(
+                    "retention_bytes_max",
+                    Bytes::gib(20),
+                    Bytes::mib(1)..=Bytes::gib(1 << 20),
+                ),
+                backlog_bytes_max: s.bytes("backlog_bytes_max", Bytes::gib(10), Bytes::mib(1)..=Bytes::gib(1 << 20)),
+                unacknowledged_max: s.count("unacknowledged_max", 10_000, 100..=50_000),
+            };
+            if namespace.backlog_bytes_max >= namespace.retention_bytes_max {
+                s.problem("backlog_bytes_max", "must be less than retention_bytes_max: Pulsar refuses it otherwise");
+            }
+            namespace
         });
         let topics = root.tables("topics", |_, s| {
             let name = s.parse_opt::<String>("name").unwrap_or_default();
@@ -133,11 +143,17 @@ mod tests {
 
     #[test]
     fn every_problem_is_found_at_once() {
-        let text = "[namespace]\nretention = \"soon\"\nttl = 1\n[[topics]]\nname = \"A\"\npartitions = 9999\n[[topics]]\nname=\"x\"\n[[topics]]\nname=\"x\"";
+        let text = "[namespace]\nretention = \"soon\"\nttl = 1\nbacklog_bytes_max = \"20GiB\"\n[[topics]]\nname = \"A\"\npartitions = 9999\n[[topics]]\nname=\"x\"\n[[topics]]\nname=\"x\"";
         let problems = TopicsFile::parse(text).unwrap_err();
         let keys: Vec<_> = problems.iter().map(|p| p.key.as_str()).collect();
-        for key in ["namespace.retention", "namespace.ttl", "topics[0].name", "topics[0].partitions", "topics[2].name"]
-        {
+        for key in [
+            "namespace.retention",
+            "namespace.backlog_bytes_max",
+            "namespace.ttl",
+            "topics[0].name",
+            "topics[0].partitions",
+            "topics[2].name",
+        ] {
             assert!(keys.contains(&key), "{key} is missing in {keys:?}");
         }
     }

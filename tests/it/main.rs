@@ -1,6 +1,10 @@
 //! Integration tests with embedded parts: the built binary, a receiver in n8n's place, no other server.
 
 mod bridge;
+mod broker;
+#[path = "../support/conformance.rs"]
+mod conformance;
+mod delivery;
 mod process;
 #[path = "../support/mod.rs"]
 mod support;

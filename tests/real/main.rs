@@ -3,8 +3,13 @@
 //!
 //! Run one module with `tests/real/run.sh n8n`.
 
+#![allow(clippy::unwrap_used)] // all of it is tests, helpers included
+
+#[path = "../support/conformance.rs"]
+mod conformance;
 mod fuzz;
 mod n8n;
 mod oidc;
 mod postgres;
+mod pulsar;
 mod support;

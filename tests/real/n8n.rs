@@ -250,7 +250,11 @@ fn a_duplicate_of_finished_work_is_not_done_again() {
         .to_owned();
 
     // The same delivery once more, as after an answer that got lost.
-    let again = world.webhook("pulsar-trigger", &[("webhook-id", &webhook_id)], &json!({ "once": true }));
+    let again = world.webhook(
+        "pulsar-trigger",
+        &[("webhook-id", &webhook_id), ("x-dealscale-tenant", "default")],
+        &json!({ "once": true }),
+    );
     assert_eq!((again.status, &again.json["duplicate"]), (200, &json!(true)), "{}", again.text);
     assert_eq!(again.json["doneBy"], first.as_str());
     let run = eventually("the second execution ends", MINUTE, || {
@@ -258,9 +262,14 @@ fn a_duplicate_of_finished_work_is_not_done_again() {
         (run["status"] == "success").then_some(run)
     });
     assert!(run["data"]["resultData"]["runData"]["Your work"].is_null(), "the work was done twice");
-    // Another event is not one.
-    let other = world.webhook("pulsar-trigger", &[("webhook-id", "another")], &json!({}));
-    assert_eq!(other.json["duplicate"], false, "{}", other.text);
+    // Another event is not one, and neither is the same id of another tenant.
+    for headers in [
+        [("webhook-id", "another"), ("x-dealscale-tenant", "default")],
+        [("webhook-id", &*webhook_id), ("x-dealscale-tenant", "acme")],
+    ] {
+        let other = world.webhook("pulsar-trigger", &headers, &json!({}));
+        assert_eq!(other.json["duplicate"], false, "{}", other.text);
+    }
 }
 
 #[test]

@@ -563,7 +563,7 @@ impl Shared {
         }
         let id = message.id;
         Received {
-            message_id: format!("{}:{}:{}:{}", id.entry.ledger, id.entry.entry, partition.number, id.index),
+            message_id: message_id(id.entry.ledger, id.entry.entry, id.index),
             topic: partition.topic.clone(),
             reference,
             raw: message.raw.clone(),
@@ -584,12 +584,15 @@ impl Shared {
     }
 }
 
-/// `ledger:entry:partition:batch index`, -1 where there is none.
+/// `ledger:entry:batch index`, -1 without a batch. A receipt does not say the partition; a ledger is of one partition only,
+/// so the id is unique in a cluster without it.
+fn message_id(ledger: u64, entry: u64, index: i32) -> String {
+    format!("{ledger}:{entry}:{index}")
+}
+
 fn shown(receipt: &CommandSendReceipt) -> String {
     match &receipt.message_id {
-        Some(id) => {
-            format!("{}:{}:{}:{}", id.ledger_id, id.entry_id, id.partition.unwrap_or(-1), id.batch_index.unwrap_or(-1))
-        }
+        Some(id) => message_id(id.ledger_id, id.entry_id, id.batch_index.unwrap_or(-1)),
         None => String::new(),
     }
 }

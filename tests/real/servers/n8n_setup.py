@@ -31,7 +31,7 @@ TEMPLATES = pathlib.Path(__file__).resolve().parents[3] / "appliance/n8n/templat
 BRIDGE = "http://127.0.0.1:8000"
 # What the templates keep in data tables: name -> columns. The templates can also make them by hand.
 TABLES = {
-    "dealscale_done": {"webhook_id": "string", "execution_id": "string"},
+    "dealscale_done": {"event": "string", "execution_id": "string"},
     "dealscale_attempts": {
         "execution_id": "string", "url": "string", "attempt": "number", "ok": "boolean",
         "status": "number", "error": "string", "wait_seconds": "number",

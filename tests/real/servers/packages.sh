@@ -7,14 +7,15 @@
 set -euo pipefail
 cd "$(dirname "$0")" && . ./lib.sh
 
-RUST_MIN=1.95
+# The oldest that builds it, and the one that is fetched where there is none: lints differ between versions.
+RUST_MIN=1.95.0
 
 declare -A PACKAGES=(
   [build]="ca-certificates curl gcc g++ make cmake pkg-config protobuf-compiler libsystemd-dev"
   [test]="ca-certificates curl python3 procps"
   [n8n]="ca-certificates curl python3 g++ make procps"   # the compiler builds n8n's SQLite driver
   [postgres]="postgresql-15"
-  [pulsar]="curl openjdk-17-jre-headless"
+  [pulsar]="curl openssl maven openjdk-17-jre-headless python3-venv"
   [lint]="python3 python3-venv"
 )
 
@@ -32,17 +33,20 @@ install_packages() {
     list=${PACKAGES[$group]}
     # Debian 13 has the next major version of PostgreSQL and of Java.
     if [ "$(. /etc/os-release && echo "${VERSION_ID:-}")" = 13 ]; then
-      list=${list/postgresql-15/postgresql-17}; list=${list/openjdk-17/openjdk-21}
+      list=${list/postgresql-15/postgresql-17}
+      command -v java >/dev/null || list=${list/openjdk-17/openjdk-21}
     fi
     # A server from elsewhere (pgdg, another JDK) serves as well.
     [ "$group" = postgres ] && compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && continue
-    [ "$group" = pulsar ] && command -v java >/dev/null && list=curl
+    [ "$group" = pulsar ] && command -v java >/dev/null && list=${list/ openjdk-17-jre-headless/}
+    [ "$group" = pulsar ] && command -v mvn >/dev/null && list=${list/ maven/}
     # shellcheck disable=SC2206
     wanted+=($(missing $list))
     # npm: any will do (NodeSource's package is called nodejs and brings it along).
     [ "$group" = n8n ] && ! command -v npm >/dev/null && wanted+=(npm)
   done
   [ ${#wanted[@]} -gt 0 ] || return 0
+  mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | sort -u)
   command -v apt-get >/dev/null || die "please install: ${wanted[*]} (there is no apt-get here)"
   say "installing Debian packages: ${wanted[*]}"
   local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -qq)
@@ -63,17 +67,23 @@ install_rust() {
   fi
   if command -v rustup >/dev/null; then
     say "Rust $RUST_MIN or newer is needed (found ${have:-none}): rustup gets it"
-    rustup toolchain install stable --profile minimal --component clippy,rustfmt
-    rustup default stable
+    rustup toolchain install "$RUST_MIN" --profile minimal --component clippy,rustfmt
+    # For this checkout only.
+    (cd ../../.. && rustup override set "$RUST_MIN")
     return 0
   fi
   say "no Rust toolchain: getting one with rustup into ~/.cargo and ~/.rustup"
-  local installer
-  installer=$(mktemp)
-  curl --proto '=https' --tlsv1.2 -fsS https://sh.rustup.rs -o "$installer" ||
-    { rm -f "$installer"; die "cannot reach rustup; install Rust $RUST_MIN or newer by hand and run this again"; }
-  sh "$installer" -y --no-modify-path --profile minimal --component clippy,rustfmt
-  rm -f "$installer"
+  local dir from
+  dir=$(mktemp -d)
+  # Where https://sh.rustup.rs would get it from.
+  from=https://static.rust-lang.org/rustup/dist/$(uname -m)-unknown-linux-gnu
+  curl --proto '=https' --tlsv1.2 -fsS "$from/rustup-init" -o "$dir/rustup-init" &&
+    curl --proto '=https' --tlsv1.2 -fsS "$from/rustup-init.sha256" -o "$dir/sum" ||
+    { rm -rf "$dir"; die "cannot reach rustup at $from; install Rust $RUST_MIN or newer by hand and run this again"; }
+  [ "$(sha256sum <"$dir/rustup-init" | cut -d' ' -f1)" = "$(cut -d' ' -f1 "$dir/sum")" ] || die "rustup-init came damaged; try again"
+  chmod +x "$dir/rustup-init"
+  "$dir/rustup-init" -y -q --no-modify-path --profile minimal --component clippy,rustfmt --default-toolchain "$RUST_MIN"
+  rm -rf "$dir"
 }
 
 groups=("$@")
