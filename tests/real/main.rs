@@ -3,11 +3,17 @@
 //!
 //! Run one module with `tests/real/run.sh n8n`.
 
-#![allow(clippy::unwrap_used)] // all of it is tests, helpers included
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::disallowed_methods)] // all of it is tests, helpers included
 
 #[path = "../support/conformance.rs"]
 mod conformance;
+mod fuzz;
 mod n8n;
+mod oidc;
 mod postgres;
+mod powercut;
 mod pulsar;
+#[path = "../support/mod.rs"]
+mod shared;
 mod support;
+mod survival;
