@@ -163,10 +163,11 @@ fn not_durable(commit: &str, fsync: &str, standbys: &str) -> Option<String> {
 
 fn session(options: &Options<'_>) -> String {
     let ms = options.statement_timeout.as_millis();
-    // Batches meet their rows by index, whatever the planner thinks of a table that was small when it planned.
+    // Batches meet their rows by index, whatever the planner thinks of a table that was small when it planned; and planning
+    // a statement over arrays anew each time costs more than running it.
     let mut sql = format!(
         "SET statement_timeout = {ms}; SET lock_timeout = {ms}; SET idle_in_transaction_session_timeout = {ms}; SET jit = off; \
-         SET work_mem = '32MB'; SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; \
+         SET work_mem = '32MB'; SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; \
          SET client_min_messages = warning"
     );
     if let Some(schema) = options.schema {

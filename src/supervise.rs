@@ -53,6 +53,7 @@ impl Supervisor {
     }
 
     /// Runs `task` until it ends by itself after [`shutdown`](Self::shutdown).
+    #[expect(clippy::disallowed_methods, reason = "this is the one place")]
     pub fn spawn<F>(&self, name: &'static str, task: F)
     where
         F: Future<Output = ()> + Send + 'static,

@@ -32,7 +32,7 @@ impl fmt::Display for Bytes {
         for (shift, unit) in [(30, "GiB"), (20, "MiB"), (10, "KiB")] {
             let one = 1u64 << shift;
             if self.0 >= one {
-                return if self.0 % one == 0 {
+                return if self.0.is_multiple_of(one) {
                     write!(f, "{}{unit}", self.0 >> shift)
                 } else {
                     write!(f, "{:.1}{unit}", self.0 as f64 / one as f64)
@@ -109,7 +109,7 @@ impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = self.0.as_millis();
         for (scale, unit) in [(86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1_000, "s")] {
-            if ms >= scale && ms % scale == 0 {
+            if ms >= scale && ms.is_multiple_of(scale) {
                 return write!(f, "{}{unit}", ms / scale);
             }
         }

@@ -11,6 +11,8 @@
 //! 1. Nothing on the TCP listener changes anything or shows an event, a tenant or a secret.
 //! 2. A socket file left over by a killed process is replaced; one that a living process serves is not.
 
+#![expect(clippy::result_large_err, reason = "an HTTP answer is the error here, made once and sent")]
+
 mod outbox;
 mod socket;
 

@@ -492,10 +492,9 @@ impl Bridge {
         let mut ticket = asked.room.parts.finals.wait(&key);
         let mut noticed = false;
         loop {
-            match asked.room.look(&key, true).await {
-                Ok(Some(now)) => execution = now,
-                // Collected meanwhile, or the ledger is away for a moment: what was seen last stands.
-                Ok(None) | Err(_) => {}
+            // Collected meanwhile, or the ledger is away for a moment: what was seen last stands.
+            if let Ok(Some(now)) = asked.room.look(&key, true).await {
+                execution = now;
             }
             if execution.r#final {
                 return Ok(json(StatusCode::OK, &execution));

@@ -333,7 +333,8 @@ impl Outbox {
     /// # Errors
     /// The store failed, or the outbox is closed.
     pub async fn lease(&self, limit: LeaseLimit) -> Result<Vec<Leased>, Error> {
-        self.ask(|reply| Command::Lease(limit, reply), false).await?
+        let back = self.shared.commands.clone();
+        Ok(self.ask(|reply| Command::Lease(limit, back, reply), false).await??.take())
     }
 
     /// Durable when it returns. Settling a record twice, or one whose lease ran out, changes nothing.
@@ -459,7 +460,8 @@ impl Local {
         topics: Arc<dyn Fn(&Topic) -> bool + Send + Sync>,
         max: usize,
     ) -> Result<Vec<Held>, Error> {
-        self.outbox.ask(|reply| Command::Receive(topics, max, reply), false).await?
+        let back = self.outbox.shared.commands.clone();
+        Ok(self.outbox.ask(|reply| Command::Receive(topics, max, back, reply), false).await??.take())
     }
 
     /// Durable when it returns; an acknowledged message is kept for a while (bounded by number), then collected.

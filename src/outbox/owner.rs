@@ -25,6 +25,49 @@ const BATCH_MAX: usize = 2_048;
 const TICK: Duration = Duration::from_millis(500);
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// What somebody asked for and may have stopped waiting for in the very moment in which it was sent: dropped with something in it, it
+/// gives that back.
+pub struct Given<T: GiveBack> {
+    items: Vec<T>,
+    to: std::sync::mpsc::Sender<Command>,
+}
+
+/// How something that nobody took goes back.
+pub trait GiveBack: Sized {
+    fn give_back(items: Vec<Self>) -> Command;
+}
+
+impl GiveBack for Leased {
+    fn give_back(items: Vec<Self>) -> Command {
+        let settles = items.iter().map(|l| Settle::Release { sequence: l.sequence }).collect();
+        Command::Settle(settles, oneshot::channel().0)
+    }
+}
+
+impl GiveBack for Held {
+    fn give_back(items: Vec<Self>) -> Command {
+        Command::Release(items.into_iter().map(|h| h.id).collect(), Duration::ZERO, oneshot::channel().0)
+    }
+}
+
+impl<T: GiveBack> Given<T> {
+    pub fn take(mut self) -> Vec<T> {
+        std::mem::take(&mut self.items)
+    }
+}
+
+impl<T: GiveBack> Drop for Given<T> {
+    fn drop(&mut self) {
+        if !self.items.is_empty() {
+            // An owner that is gone has closed the store: everything is free again at the next open.
+            let _ = self.to.send(T::give_back(std::mem::take(&mut self.items)));
+        }
+    }
+}
+
+/// Where to send what is given back.
+pub type Back = std::sync::mpsc::Sender<Command>;
 pub type TopicFilter = Arc<dyn Fn(&Topic) -> bool + Send + Sync>;
 
 /// A request to the owner.
@@ -34,8 +77,8 @@ pub enum Command {
     Publish(Vec<Forward>, Reply<Vec<String>>),
     Ack(Vec<String>, Reply<()>),
     Release(Vec<String>, Duration, Reply<()>),
-    Lease(LeaseLimit, Reply<Vec<Leased>>),
-    Receive(TopicFilter, usize, Reply<Vec<Held>>),
+    Lease(LeaseLimit, Back, Reply<Given<Leased>>),
+    Receive(TopicFilter, usize, Back, Reply<Given<Held>>),
     Find(Key, Reply<Option<Found>>),
     List(Option<Tenant>, bool, Option<Sequence>, usize, Reply<Vec<Found>>),
     Cancel(Key, Reply<Cancelled>),
@@ -63,8 +106,8 @@ pub struct Owner {
 /// Who waits for a record or a message.
 #[derive(Default)]
 struct Parked {
-    leases: Vec<(LeaseLimit, Reply<Vec<Leased>>)>,
-    receives: Vec<(TopicFilter, usize, Reply<Vec<Held>>)>,
+    leases: Vec<(LeaseLimit, Back, Reply<Given<Leased>>)>,
+    receives: Vec<(TopicFilter, usize, Back, Reply<Given<Held>>)>,
 }
 
 /// Answers that are given when the batch is durable.
@@ -116,10 +159,10 @@ impl Owner {
                 Ok(Some(close)) => {
                     drop(engine.take());
                     drop(self.lock);
-                    for (_, reply) in parked.leases {
+                    for (_, _, reply) in parked.leases {
                         let _ = reply.send(Err(Error::Closed));
                     }
-                    for (_, _, reply) in parked.receives {
+                    for (_, _, _, reply) in parked.receives {
                         let _ = reply.send(Err(Error::Closed));
                     }
                     let _ = close.send(Ok(()));
@@ -146,14 +189,8 @@ impl Owner {
                     }
                 }
             }
-            if let Some(engine) = &mut engine {
-                if let Some(witness) = &mut witness {
-                    witness.saw(engine.next);
-                }
-                let mut status = engine.snapshot();
-                status.disk_free = disk.get().0;
-                events::gauges(&status);
-                *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
+            if let (Some(engine), Some(witness)) = (&engine, &mut witness) {
+                witness.saw(engine.next);
             }
         }
     }
@@ -206,6 +243,8 @@ impl Owner {
             answers.extend(close.map(|reply| later(reply, ())));
             return Err(self.fail(answers, reads, failure));
         }
+        // Whoever is answered finds figures that know of it.
+        self.publish(engine, free);
         for answer in answers {
             answer(Ok(()));
         }
@@ -220,10 +259,18 @@ impl Owner {
         if let Err(failure) = serve(engine, parked, now, instant).and_then(|()| engine.commit()) {
             return Err(self.fail(answers, Vec::new(), failure));
         }
+        self.publish(engine, free);
         for answer in answers {
             answer(Ok(()));
         }
         Ok(close)
+    }
+
+    fn publish(&self, engine: &mut Engine, disk_free: Bytes) {
+        let mut status = engine.snapshot();
+        status.disk_free = disk_free.0;
+        events::gauges(&status);
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
     }
 
     /// Everyone of the failed batch hears that its outcome is unknown.
@@ -247,8 +294,8 @@ fn read(
     instant: Instant,
 ) -> Result<(), Failure> {
     match command {
-        Command::Lease(limit, reply) => parked.leases.push((limit, reply)),
-        Command::Receive(topics, max, reply) => parked.receives.push((topics, max, reply)),
+        Command::Lease(limit, back, reply) => parked.leases.push((limit, back, reply)),
+        Command::Receive(topics, max, back, reply) => parked.receives.push((topics, max, back, reply)),
         Command::Release(ids, after, reply) => {
             engine.give_back(&ids, instant + after);
             answers.push(later(reply, ()));
@@ -288,30 +335,26 @@ fn serve(
     now: crate::clock::Timestamp,
     instant: Instant,
 ) -> Result<(), Failure> {
-    parked.leases.retain(|(_, reply)| !reply.is_closed());
-    parked.receives.retain(|(_, _, reply)| !reply.is_closed());
-    while let Some((limit, _)) = parked.leases.first() {
-        let leased = engine.lease(*limit, instant)?;
-        if leased.is_empty() {
+    parked.leases.retain(|(_, _, reply)| !reply.is_closed());
+    parked.receives.retain(|(_, _, _, reply)| !reply.is_closed());
+    while let Some((limit, ..)) = parked.leases.first() {
+        let items = engine.lease(*limit, instant)?;
+        if items.is_empty() {
             break;
         }
-        let (_, reply) = parked.leases.remove(0);
-        // Whoever stopped waiting in this very moment: the records come back when the lease runs out.
-        let _ = reply.send(Ok(leased));
+        let (_, to, reply) = parked.leases.remove(0);
+        let _ = reply.send(Ok(Given { items, to }));
     }
     let mut n = 0;
     while n < parked.receives.len() {
-        let (topics, max, _) = &parked.receives[n];
-        let held = engine.receive(&**topics, *max, now, instant)?;
-        if held.is_empty() {
+        let (topics, max, ..) = &parked.receives[n];
+        let items = engine.receive(&**topics, *max, now, instant)?;
+        if items.is_empty() {
             n += 1;
             continue;
         }
-        let (_, _, reply) = parked.receives.remove(n);
-        if let Err(Ok(held)) = reply.send(Ok(held)) {
-            let ids: Vec<String> = held.into_iter().map(|h| h.id).collect();
-            engine.give_back(&ids, instant);
-        }
+        let (_, _, to, reply) = parked.receives.remove(n);
+        let _ = reply.send(Ok(Given { items, to }));
     }
     Ok(())
 }
@@ -325,8 +368,9 @@ fn refuse(command: Command, error: &Error) {
         }
         Command::AcknowledgeLoss(reply) | Command::Close(reply) => drop(reply.send(Err(error))),
         Command::Publish(_, reply) => drop(reply.send(Err(error))),
-        Command::Lease(_, reply) => drop(reply.send(Err(error))),
-        Command::Receive(_, _, reply) | Command::Browse(_, _, reply) => drop(reply.send(Err(error))),
+        Command::Lease(_, _, reply) => drop(reply.send(Err(error))),
+        Command::Receive(_, _, _, reply) => drop(reply.send(Err(error))),
+        Command::Browse(_, _, reply) => drop(reply.send(Err(error))),
         Command::Find(_, reply) => drop(reply.send(Err(error))),
         Command::List(_, _, _, _, reply) => drop(reply.send(Err(error))),
         Command::Cancel(_, reply) => drop(reply.send(Err(error))),

@@ -73,6 +73,9 @@ pub struct Open {
     pub id: [u8; 16],
 }
 
+/// Size and id of an entry, as the index has them.
+type Indexed = (u32, [u8; 16]);
+
 /// A log of packs.
 pub struct Packs {
     trees: Trees,
@@ -116,7 +119,7 @@ impl Packs {
         }
     }
 
-    fn parse_index(&mut self, value: &[u8], bits: Option<Vec<u8>>) -> Option<(Pack, Vec<(u32, [u8; 16])>)> {
+    fn parse_index(&mut self, value: &[u8], bits: Option<Vec<u8>>) -> Option<(Pack, Vec<Indexed>)> {
         let count = u16::from_be_bytes(number(value, 0)?);
         let at = Timestamp(i64::from_be_bytes(number(value, 2)?));
         let group_length = usize::from(u16::from_be_bytes(number(value, 10)?));

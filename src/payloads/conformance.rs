@@ -39,6 +39,7 @@ macro_rules! conformance_tests {
                 let world = $open(stringify!($case)).await;
                 conformance::$case(&world).await;
                 world.store.close().await;
+                drop(world.keep);
             }
         )*
     };

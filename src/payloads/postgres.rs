@@ -7,7 +7,10 @@
 //! # Invariants
 //! 1. All decisions are made inside the statement that acts on them: between two appliances only one wins.
 //! 2. `now` is the database's (`clock_timestamp()`), read once per statement; only a test's manual clock replaces it.
-//! 3. The tables are made and brought up to date under an advisory lock, by the first connection that works.
+//! 3. A statement that knows the keys of its rows reads those rows and no others, however long the backlog is (`phase + 0`
+//!    and `tenant || ''` leave the planner no other way than the key's index: statements are planned while the tables are
+//!    empty, when all ways look alike).
+//! 4. The tables are made and brought up to date under an advisory lock, by the first connection that works.
 //!
 //! # Failure
 //! A server that goes away in the middle of a transaction: [`Error::Unreachable`], outcome unknown, repeat it. The connection
@@ -40,7 +43,8 @@ use crate::postgres::{self, Pool};
 const WORKERS: usize = 2;
 /// Bodies of one statement; a larger batch is several statements of one transaction.
 const CHUNK_BYTES: usize = 8 << 20;
-const CHUNK_ROWS: usize = 2000;
+/// Envelopes find their new rows in a nested loop.
+const CHUNK_ROWS: usize = 256;
 /// How often a statement that PostgreSQL ended to break a circle of waits is repeated.
 const DEADLOCK_REPEATS: usize = 5;
 /// Migrations may rewrite an index of a large table.
@@ -308,7 +312,7 @@ impl Postgres {
             let ids: Vec<Uuid> = first.keys().map(|(id, _)| *id).collect();
             let tenants: Vec<&str> = first.keys().map(|(_, tenant)| *tenant).collect();
             let sql = "SELECT e.id, e.tenant, e.body_hash, e.state FROM unnest($1::uuid[], $2::text[]) AS r(id, tenant) \
-                JOIN events e ON e.id = r.id AND e.tenant = r.tenant";
+                JOIN events e ON e.id = r.id AND e.tenant || '' = r.tenant";
             for row in self.query(DOING, sql, &[&ids, &tenants]).await? {
                 let hash: Vec<u8> = row.get(2);
                 standing.insert((row.get(0), row.get(1)), (hash.try_into().unwrap_or_default(), row.get(3)));
@@ -332,7 +336,7 @@ impl Postgres {
     pub async fn load(&self, keys: &[Key]) -> Result<Vec<Option<Stored>>, Error> {
         let (ids, tenants) = arrays(keys);
         let sql = "SELECT r.n, c.envelope, c.body, c.sealed FROM unnest($1::uuid[], $2::text[]) WITH ORDINALITY AS r(id, tenant, n) \
-            JOIN events e ON e.id = r.id AND e.tenant = r.tenant JOIN contents c ON c.seq = e.seq";
+            JOIN events e ON e.id = r.id AND e.tenant || '' = r.tenant JOIN contents c ON c.seq = e.seq";
         let mut found: Vec<Option<Stored>> = keys.iter().map(|_| None).collect();
         for row in self.query("load payloads", sql, &[&ids, &tenants]).await? {
             let n: i64 = row.get(0);
@@ -376,7 +380,7 @@ impl Postgres {
                    ELSE e.message_id END \
                FROM t, unnest($2::uuid[], $3::text[], $4::bytea[], $5::text[], $6::bigint[], $7::bytea[], $8::bigint[], $9::text[], \
                    $10::bool[]) AS r(id, tenant, hash, owner, span, tail, begun_at, message, with_body) \
-               WHERE e.id = r.id AND e.tenant = r.tenant AND e.body_hash = r.hash AND e.phase = 0 \
+               WHERE e.id = r.id AND e.tenant || '' = r.tenant AND e.body_hash = r.hash AND e.phase + 0 = 0 \
                  AND (e.claim_until IS NULL OR e.claim_until <= t.now) AND (e.next_at IS NULL OR e.next_at <= t.now) \
                RETURNING e.*, r.with_body) \
              SELECT {COLUMNS}, e.begun_token = e.token, CASE WHEN e.with_body THEN c.body END, c.sealed \
@@ -416,7 +420,7 @@ impl Postgres {
             let sql = format!(
                 "WITH t AS MATERIALIZED (SELECT {NOW} AS now) \
                  SELECT e.id, e.tenant, e.body_hash, e.state, e.claim_until, e.next_at, t.now \
-                 FROM t, unnest($2::uuid[], $3::text[]) AS r(id, tenant) JOIN events e ON e.id = r.id AND e.tenant = r.tenant"
+                 FROM t, unnest($2::uuid[], $3::text[]) AS r(id, tenant) JOIN events e ON e.id = r.id AND e.tenant || '' = r.tenant"
             );
             for row in self.query(DOING, &sql, &[&self.now(), &ids, &tenants]).await? {
                 let hash: Vec<u8> = row.get(2);
@@ -520,7 +524,7 @@ impl Postgres {
             applied.iter().map(|row| ((row.get(0), row.get(1)), true)).collect();
         if answers.len() < steps.len() {
             let sql = "SELECT e.id, e.tenant, e.state, e.token, e.claim_until FROM unnest($1::uuid[], $2::text[]) AS r(id, tenant) \
-                JOIN events e ON e.id = r.id AND e.tenant = r.tenant";
+                JOIN events e ON e.id = r.id AND e.tenant || '' = r.tenant";
             let by_key: HashMap<(Uuid, &str), &Step> = steps.iter().map(|s| ((s.id, s.tenant.as_str()), *s)).collect();
             for row in self.query(DOING, sql, &[&ids, &tenants]).await? {
                 let (id, tenant): (Uuid, String) = (row.get(0), row.get(1));
@@ -536,12 +540,12 @@ impl Postgres {
     pub async fn due(&self, limit: usize) -> Result<Vec<Columns>, Error> {
         let sql = format!(
             "WITH t AS MATERIALIZED (SELECT {NOW} AS now), picked AS ( \
-               SELECT e.id, e.tenant FROM events e WHERE e.timer_at <= (SELECT now FROM t) AND e.phase = 0 \
+               SELECT e.id, e.tenant FROM events e WHERE e.timer_at <= (SELECT now FROM t) AND e.phase + 0 = 0 \
                  AND (e.claim_until IS NULL OR e.claim_until <= (SELECT now FROM t)) \
                ORDER BY e.timer_at LIMIT $2 FOR UPDATE OF e SKIP LOCKED), \
              marked AS (UPDATE events e SET phase_at = t.now, \
                  timer_at = t.now + greatest({TIMER_AGAIN_MS}, t.now - coalesce(e.next_at, t.now)) \
-               FROM t, picked p WHERE e.id = p.id AND e.tenant = p.tenant RETURNING e.*) \
+               FROM t, picked p WHERE e.id = p.id AND e.tenant || '' = p.tenant RETURNING e.*) \
              SELECT {COLUMNS} FROM marked e JOIN contents c ON c.seq = e.seq"
         );
         let rows = self.query("find what is due", &sql, &[&self.now(), &(limit as i64)]).await?;
@@ -556,7 +560,7 @@ impl Postgres {
                  AND (e.claim_until IS NULL OR e.claim_until <= (SELECT now FROM t)) \
                  AND (e.next_at IS NULL OR e.next_at <= (SELECT now FROM t)) \
                ORDER BY e.phase_at LIMIT $3 FOR UPDATE OF e SKIP LOCKED), \
-             marked AS (UPDATE events e SET phase_at = t.now FROM t, picked p WHERE e.id = p.id AND e.tenant = p.tenant RETURNING e.*) \
+             marked AS (UPDATE events e SET phase_at = t.now FROM t, picked p WHERE e.id = p.id AND e.tenant || '' = p.tenant RETURNING e.*) \
              SELECT {COLUMNS} FROM marked e JOIN contents c ON c.seq = e.seq"
         );
         let rows =
@@ -571,14 +575,14 @@ impl Postgres {
         let (uuids, tenants) = arrays(&keys);
         let messages: Vec<&str> = ids.iter().map(|(_, id)| id.as_str()).collect();
         let sql = "UPDATE events e SET message_id = r.message FROM unnest($1::uuid[], $2::text[], $3::text[]) AS r(id, tenant, message) \
-            WHERE e.id = r.id AND e.tenant = r.tenant";
+            WHERE e.id = r.id AND e.tenant || '' = r.tenant";
         self.query("note message ids", sql, &[&uuids, &tenants, &messages]).await?;
         Ok(())
     }
 
     pub async fn get(&self, key: &Key) -> Result<Option<Columns>, Error> {
         let sql = format!(
-            "SELECT {COLUMNS} FROM events e JOIN contents c ON c.seq = e.seq WHERE e.id = $1 AND e.tenant = $2"
+            "SELECT {COLUMNS} FROM events e JOIN contents c ON c.seq = e.seq WHERE e.id = $1 AND e.tenant || '' = $2"
         );
         let rows = self.query("read the ledger", &sql, &[&key.execution_id.0, &key.tenant.as_str()]).await?;
         Ok(rows.first().map(columns_of))
@@ -601,7 +605,7 @@ impl Postgres {
     }
 
     async fn state(&self, doing: &'static str, key: &Key) -> Result<Option<State>, Error> {
-        let sql = "SELECT state FROM events WHERE id = $1 AND tenant = $2";
+        let sql = "SELECT state FROM events WHERE id = $1 AND tenant || '' = $2";
         let rows = self.query(doing, sql, &[&key.execution_id.0, &key.tenant.as_str()]).await?;
         Ok(rows.first().map(|row| codec::state_of(row.get(0))).transpose()?)
     }
@@ -611,7 +615,7 @@ impl Postgres {
         let sql = format!(
             "WITH t AS MATERIALIZED (SELECT {NOW} AS now) UPDATE events e SET state = 8, phase = 1, phase_at = t.now, \
              finished_at = t.now, updated_at = t.now, timer_at = NULL, token = e.token + 1, claim_owner = NULL, claim_until = NULL \
-             FROM t WHERE e.id = $2 AND e.tenant = $3 AND e.state = 1 AND (e.claim_until IS NULL OR e.claim_until <= t.now) \
+             FROM t WHERE e.id = $2 AND e.tenant || '' = $3 AND e.state = 1 AND (e.claim_until IS NULL OR e.claim_until <= t.now) \
              RETURNING 1"
         );
         let done = self.query(DOING, &sql, &[&self.now(), &key.execution_id.0, &key.tenant.as_str()]).await?;
@@ -624,7 +628,7 @@ impl Postgres {
             "WITH t AS MATERIALIZED (SELECT {NOW} AS now) UPDATE events e SET state = 1, phase = 0, phase_at = t.now, \
              next_at = t.now, timer_at = t.now, attempts = 0, crashes = 0, replays = e.replays + 1, finished_at = NULL, \
              error_class = NULL, error = NULL, n8n_execution_id = NULL, token = e.token + 1, updated_at = t.now \
-             FROM t WHERE e.id = $2 AND e.tenant = $3 AND e.state = 7 RETURNING 1"
+             FROM t WHERE e.id = $2 AND e.tenant || '' = $3 AND e.state = 7 RETURNING 1"
         );
         let done = self.query(DOING, &sql, &[&self.now(), &key.execution_id.0, &key.tenant.as_str()]).await?;
         if done.is_empty() { Ok(self.state(DOING, key).await?.map(|_| false)) } else { Ok(Some(true)) }
@@ -635,7 +639,7 @@ impl Postgres {
         let sql = format!(
             "WITH t AS MATERIALIZED (SELECT {NOW} AS now) UPDATE events e SET state = 8, phase = 1, phase_at = t.now, \
              finished_at = t.now, updated_at = t.now, token = e.token + 1 \
-             FROM t WHERE e.id = $2 AND e.tenant = $3 AND e.state = 7 RETURNING 1"
+             FROM t WHERE e.id = $2 AND e.tenant || '' = $3 AND e.state = 7 RETURNING 1"
         );
         let done = self.query(DOING, &sql, &[&self.now(), &key.execution_id.0, &key.tenant.as_str()]).await?;
         if done.is_empty() { Ok(self.state(DOING, key).await?.map(|_| false)) } else { Ok(Some(true)) }
@@ -652,7 +656,7 @@ impl Postgres {
              history = coalesce(e.history, '') || coalesce(e.current, '') || int4send(e.attempts + 1) || $5::bytea, \
              error_class = $6::text, error = $7::bytea, n8n_execution_id = coalesce($8::text, e.n8n_execution_id), \
              message_id = coalesce($9::text, e.message_id), token = e.token + 1, claim_owner = NULL, claim_until = NULL \
-             FROM t WHERE e.id = $2 AND e.tenant = $3 AND e.phase = 0 RETURNING 1"
+             FROM t WHERE e.id = $2 AND e.tenant || '' = $3 AND e.phase + 0 = 0 RETURNING 1"
         );
         let done = self
             .query(
@@ -716,12 +720,12 @@ impl Postgres {
         };
         let payloads = format!(
             "{} bodies AS (UPDATE contents c SET body = NULL FROM old WHERE c.seq = old.seq) \
-             UPDATE events e SET phase = 2 FROM old WHERE e.id = old.id AND e.tenant = old.tenant RETURNING 1",
+             UPDATE events e SET phase = 2 FROM old WHERE e.id = old.id AND e.tenant || '' = old.tenant RETURNING 1",
             picked(codec::COMPLETE)
         );
         let rows = format!(
             "{} bodies AS (DELETE FROM contents c USING old WHERE c.seq = old.seq) \
-             DELETE FROM events e USING old WHERE e.id = old.id AND e.tenant = old.tenant RETURNING 1",
+             DELETE FROM events e USING old WHERE e.id = old.id AND e.tenant || '' = old.tenant RETURNING 1",
             picked(codec::COLLECTED)
         );
         let rejected = format!(
@@ -869,7 +873,7 @@ static APPLY: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
          FROM t, unnest($2::uuid[], $3::text[], $4::bigint[], $5::smallint[], $6::smallint[], $7::int[], $8::bytea[], $9::bigint[], \
            $10::bigint[], $11::int[], $12::text[], $13::bytea[], $14::text[], $15::text[]) \
            AS s(id, tenant, token, op, state, number, tail, begun_at, span, crashed, error_class, error, n8n, message) \
-         WHERE e.id = s.id AND e.tenant = s.tenant AND e.token = s.token AND e.claim_until IS NOT NULL AND e.phase = 0 \
+         WHERE e.id = s.id AND e.tenant || '' = s.tenant AND e.token = s.token AND e.claim_until IS NOT NULL AND e.phase + 0 = 0 \
          RETURNING e.id, e.tenant"
     )
 });

@@ -72,10 +72,15 @@ pub struct Appliance {
 impl Appliance {
     /// Starts it with `config` in `dir` and waits until it is ready. The listeners are added here.
     pub fn start(dir: &Path, port: u16, config: &str) -> Self {
+        Self::start_with(dir, port, "token_required = false", config)
+    }
+
+    /// As [`start`](Self::start), with other keys of `[bridge]`.
+    pub fn start_with(dir: &Path, port: u16, bridge: &str, config: &str) -> Self {
         assert!(is_free(port) && is_free(port + 1), "127.0.0.1:{port} or the one behind it is in use");
         let file = dir.join("dealscale.toml");
         let text = format!(
-            "[bridge]\nlisten = \"127.0.0.1:{port}\"\ntoken_required = false\n\
+            "[bridge]\nlisten = \"127.0.0.1:{port}\"\n{bridge}\n\
              [admin]\nlisten = \"127.0.0.1:{}\"\n{config}",
             port + 1
         );
