@@ -25,6 +25,8 @@ use serde::Deserialize;
 use super::{Error, Execution, Run};
 use crate::clock::Timestamp;
 use crate::config;
+use crate::postgres::{self, Pool};
+use crate::units::Span;
 
 /// What to look for. With an id the id decides, otherwise the traceparent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,7 +49,7 @@ const SEEN_MAX: usize = 20_000;
 const DEADLINE: Duration = Duration::from_secs(10);
 
 pub(super) enum Source {
-    Postgres(deadpool_postgres::Pool),
+    Postgres(Pool),
     Sqlite(Arc<Sqlite>),
     Api(Api),
 }
@@ -90,7 +92,7 @@ impl Source {
         client: &reqwest::Client,
     ) -> Result<Option<Self>, String> {
         if let Some(url) = &config.database_url {
-            return postgres(url.expose()).map(|pool| Some(Self::Postgres(pool)));
+            return postgres(config, url).map(|pool| Some(Self::Postgres(pool)));
         }
         if let Some(file) = &config.database_file {
             return Ok(Some(Self::Sqlite(Arc::new(Sqlite { file: file.clone(), connection: Mutex::new(None) }))));
@@ -176,27 +178,25 @@ impl Source {
     }
 }
 
-fn postgres(url: &str) -> Result<deadpool_postgres::Pool, String> {
-    let mut config: tokio_postgres::Config = url
-        .parse()
-        .map_err(|_| "n8n.database_url: expected postgresql://user:password@host:5432/database".to_owned())?;
-    config.application_name("dealscale-follow");
-    if config.get_connect_timeout().is_none() {
-        config.connect_timeout(Duration::from_secs(5));
-    }
-    let recycle = deadpool_postgres::ManagerConfig { recycling_method: deadpool_postgres::RecyclingMethod::Fast };
-    let manager = if config.get_ssl_mode() == tokio_postgres::config::SslMode::Require {
-        return Err("n8n.database_url: sslmode=require is not supported".to_owned());
-    } else {
-        deadpool_postgres::Manager::from_config(config, tokio_postgres::NoTls, recycle)
-    };
-    deadpool_postgres::Pool::builder(manager).max_size(2).build().map_err(|error| error.to_string())
+fn postgres(config: &config::N8n, url: &config::Secret) -> Result<Pool, String> {
+    Pool::new(&postgres::Options {
+        url,
+        ca_file: None,
+        // n8n's own, by the server's search path or `options=-csearch_path=…` in the URL.
+        schema: None,
+        connections_max: 2,
+        connect_timeout: config.connect_timeout,
+        statement_timeout: Span(DEADLINE),
+        // Nothing is written there.
+        durable: false,
+    })
+    .map_err(|error| format!("n8n.database_url: {error}"))
 }
 
 const POSTGRES_COLUMNS: &str = r#"id::bigint, status::text, (extract(epoch from "createdAt") * 1000)::bigint,
     (extract(epoch from "startedAt") * 1000)::bigint, "tracingContext"->>'traceparent'"#;
 
-async fn postgres_by_id(pool: &deadpool_postgres::Pool, ids: &[i64]) -> Result<Vec<Found>, Error> {
+async fn postgres_by_id(pool: &Pool, ids: &[i64]) -> Result<Vec<Found>, Error> {
     let client = pool.get().await.map_err(unreachable)?;
     let sql = format!("SELECT {POSTGRES_COLUMNS} FROM execution_entity WHERE id = ANY($1)");
     let statement = client.prepare_cached(&sql).await.map_err(database)?;
@@ -204,7 +204,7 @@ async fn postgres_by_id(pool: &deadpool_postgres::Pool, ids: &[i64]) -> Result<V
     Ok(client.query(&statement, &[&ids]).await.map_err(database)?.iter().map(postgres_row).collect())
 }
 
-async fn postgres_page(pool: &deadpool_postgres::Pool, below: i64) -> Result<Vec<Found>, Error> {
+async fn postgres_page(pool: &Pool, below: i64) -> Result<Vec<Found>, Error> {
     let client = pool.get().await.map_err(unreachable)?;
     let sql = format!("SELECT {POSTGRES_COLUMNS} FROM execution_entity WHERE id < $1 ORDER BY id DESC LIMIT {PAGE}");
     let statement = client.prepare_cached(&sql).await.map_err(database)?;
@@ -212,12 +212,8 @@ async fn postgres_page(pool: &deadpool_postgres::Pool, below: i64) -> Result<Vec
     Ok(client.query(&statement, &[&below]).await.map_err(database)?.iter().map(postgres_row).collect())
 }
 
-/// The driver's own text is only "db error": the server's message stands in its source.
 fn database(error: tokio_postgres::Error) -> Error {
-    match error.as_db_error() {
-        Some(inner) => unreachable(inner.message()),
-        None => unreachable(error),
-    }
+    unreachable(postgres::explain(&error))
 }
 
 fn postgres_row(row: &tokio_postgres::Row) -> Found {

@@ -1,4 +1,5 @@
 //! What stands on PostgreSQL, against real servers that these tests start and kill themselves ([`cluster`]).
 
 pub mod cluster;
+mod executions;
 mod payloads;
