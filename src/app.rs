@@ -185,6 +185,8 @@ impl App {
         if drained.contains(&false) {
             tracing::warn!("deliveries were still under way at the deadline; they go on after the next start");
         }
+        // Before `last`, so that listeners that end now are not taken for tasks that died.
+        self.front.shutdown().cancel();
         self.stop.last.cancel();
         if !self.front.drain(deadline).await {
             tracing::warn!("requests were still under way at the deadline");
@@ -262,7 +264,8 @@ async fn open_room(
     });
     let clock = clock.clone();
     let (work, back) = (supervisor.sibling(), supervisor.sibling());
-    let running = Mutex::new(run(&outbox, &store, &broker, &n8n, &finals, &receipts, &alarm, &clock, shared, work, back)?);
+    let running =
+        Mutex::new(run(&outbox, &store, &broker, &n8n, &finals, &receipts, &alarm, &clock, shared, work, back)?);
     let room = Room { outbox, store, broker, n8n, finals, receipts, alarm, clock, running };
     Ok((room, parts))
 }
@@ -391,7 +394,9 @@ impl Inner {
         // Before the bridge knows a new route delivery must: no event may meet a delivery that takes its route for a removed one.
         let mut starting = Vec::new();
         for (name, room) in &self.rooms {
-            let (Some(was), Some(environment)) = (old.environments.get(name), new.environments.get(name)) else { continue };
+            let (Some(was), Some(environment)) = (old.environments.get(name), new.environments.get(name)) else {
+                continue;
+            };
             if works_differently(was, environment) {
                 let (work, relay) = room.supervisors();
                 tracing::info!(environment = %name, "delivery ends to start again with the new configuration");

@@ -572,7 +572,7 @@ async fn dead(ctx: &Ctx, slot: &Slot, granted: Granted, attempt: Option<Attempt>
 /// Into the broker's dead-letter topic. `false`: it would not go.
 async fn letter(ctx: &Ctx, message: &Received, reason: &str) -> bool {
     for n in 1..=DEAD_LETTER_TRIES {
-        match ctx.broker.dead_letter(&message.topic, &message.raw, message.properties.clone(), reason).await {
+        match ctx.broker.dead_letter(&message.topic, &message.raw, message.dead_letter_properties(), reason).await {
             Ok(()) => return true,
             Err(error) => {
                 events::Waiting { what: "broker", error: &error.to_string() }.emit();

@@ -34,9 +34,10 @@ impl Logs {
 /// `log.filter`, with libraries that tell too much at `info` kept at `warn` unless the filter names them.
 fn targets(config: &Log) -> Result<Targets, tracing_subscriber::filter::ParseError> {
     let mut targets = Targets::from_str(&config.filter)?;
-    for library in ["refinery_core", "sled", "pulsar"] {
+    // The client of Pulsar warns at each reconnection; the broker's own events say it better.
+    for (library, level) in [("refinery_core", Level::WARN), ("sled", Level::WARN), ("pulsar", Level::ERROR)] {
         if !config.filter.contains(library) {
-            targets = targets.with_target(library, Level::WARN);
+            targets = targets.with_target(library, level);
         }
     }
     Ok(targets)

@@ -115,6 +115,28 @@ async fn a_reload_is_applied_or_refused_as_a_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reloaded_route_is_known_to_delivery_before_the_bridge_uses_it() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let mut appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    appliance.publish("crm", json!(1)).await;
+    receiver.wait_for(1, SOON).await;
+    let text = std::fs::read_to_string(&appliance.config).unwrap();
+    let route = format!(
+        "[[environments.production.routes]]\nname = \"crm\"\nwebhook = {:?}\n[environments.production.routes.when]\nworkflow = \"crm\"\n",
+        receiver.url("/webhook/crm")
+    );
+    std::fs::write(&appliance.config, format!("{text}{route}")).unwrap();
+    let (code, text) = appliance.cli(&["--json", "reload"]);
+    assert_eq!(code, 0, "{text}");
+    let id = appliance.publish("crm", json!(2)).await;
+    appliance.wait_state(&id, &["delivered"], SOON).await;
+    let seen = receiver.wait_for(2, SOON).await;
+    assert_eq!((seen[0].uri.path(), seen[1].uri.path()), ("/webhook/x", "/webhook/crm"));
+    assert!(appliance.stop().await);
+    assert!(!appliance.log().contains("unasked"), "{}", appliance.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_process_on_the_same_folder_is_refused() {
     let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
     let appliance = Appliance::start(dir.path(), &to(&receiver)).await;

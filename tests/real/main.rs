@@ -16,4 +16,3 @@ mod pulsar;
 #[path = "../support/mod.rs"]
 mod shared;
 mod support;
-mod survival;
