@@ -16,3 +16,4 @@ mod pulsar;
 #[path = "../support/mod.rs"]
 mod shared;
 mod support;
+mod way;

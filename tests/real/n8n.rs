@@ -68,12 +68,12 @@ impl World {
     }
 }
 
-fn bridge_port() -> u16 {
+pub fn bridge_port() -> u16 {
     variable("DEALSCALE_TEST_BRIDGE_PORT").parse().unwrap()
 }
 
 /// The servers' scripts know how n8n is started, stopped and set up.
-fn n8n_sh(arguments: &[&str]) {
+pub fn n8n_sh(arguments: &[&str]) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/real/servers/n8n.sh");
     let output = Command::new(script).args(arguments).output().unwrap();
     assert!(
@@ -85,7 +85,7 @@ fn n8n_sh(arguments: &[&str]) {
 }
 
 /// Imports the templates and the workflows of these tests, once. Returns n8n's state folder.
-fn set_up() -> &'static PathBuf {
+pub fn set_up() -> &'static PathBuf {
     static STATE: OnceLock<PathBuf> = OnceLock::new();
     STATE.get_or_init(|| {
         let state = PathBuf::from(variable("N8N_STATE"));
@@ -115,7 +115,7 @@ const SECRET: &str = "known-to-n8n-and-to-the-route";
 /// Of the token that `set_up` gives to n8n.
 const TOKEN_SHA256: &str = "7aa61efd5424e6d50e97d5ca98faf61eb241bda7f1785039b841b02ac4a752bb";
 
-fn config(n8n: &str, state: &Path) -> String {
+pub fn config(n8n: &str, state: &Path) -> String {
     format!(
         r#"
 [accounts.n8n]

@@ -1,6 +1,7 @@
 #!/bin/bash
 # `make test-real`: installs and starts the real servers, runs the tests of tests/real against them, stops the servers.
 #
+#   DEALSCALE_TEST_ARGS     further arguments of the test program (--ignored: the long run of module `way`)
 #   run.sh [NAME...]       only the modules of these names (n8n, postgres, pulsar, oidc, …), with the servers they need
 #
 # A server is `servers/NAME.sh install|start|stop`; where it has settings to tell, `servers/NAME.sh env` prints lines
@@ -59,4 +60,5 @@ for server in ${SERVERS[@]+"${SERVERS[@]}"}; do
 done
 say "tests against ${SERVERS[*]}"
 # One after the other: they share the servers, and some of them kill one.
-cargo test --locked --test real -- --test-threads=1 ${WANTED[@]+"${WANTED[@]}"}
+# shellcheck disable=SC2086
+cargo test --locked --test real -- --test-threads=1 ${DEALSCALE_TEST_ARGS:-} ${WANTED[@]+"${WANTED[@]}"}
