@@ -133,9 +133,12 @@ fn a_thousand_events_survive_the_death_of_everything() {
         let mut count = 0;
         let mut cursor: Option<String> = None;
         loop {
-            let more = cursor.map(|c| format!("&cursor={c}")).unwrap_or_default();
-            let path = format!("{url}/executions?tenant=default&state=succeeded&limit=500{more}");
-            let Ok(page) = http(&path, &[], None) else { return count };
+            let mut path = reqwest::Url::parse(&format!("{url}/executions?tenant=default&state=succeeded&limit=500")).unwrap();
+            if let Some(cursor) = &cursor {
+                path.query_pairs_mut().append_pair("cursor", cursor);
+            }
+            let Ok(page) = http(path.as_str(), &[], None) else { return count };
+            assert_eq!(page.status, 200, "{}", page.text);
             count += page.json["executions"].as_array().map_or(0, Vec::len);
             match page.json["next"].as_str() {
                 Some(next) => cursor = Some(next.to_owned()),
