@@ -19,7 +19,8 @@ use crate::config::observe::LogFormat;
 /// Keeps the file writer alive and lets a reload change the filter.
 pub struct Logs {
     filter: reload::Handle<Targets, Registry>,
-    _file: Option<tracing_appender::non_blocking::WorkerGuard>,
+    /// Write out what is queued when they are dropped.
+    _writers: Vec<tracing_appender::non_blocking::WorkerGuard>,
 }
 
 impl Logs {
@@ -54,15 +55,22 @@ pub fn init(config: &Log) -> Result<Logs, String> {
     let journal = config.format == LogFormat::Auto && std::env::var_os("JOURNAL_STREAM").is_some();
     let terminal = std::io::stderr().is_terminal();
     let text = config.format == LogFormat::Text || (config.format == LogFormat::Auto && terminal);
+    // Lines are written by a thread of their own, so that a slow reader of standard error holds up no request. At 16,384 queued lines
+    // whoever logs waits: no line is dropped.
+    let (stderr, writer) = tracing_appender::non_blocking::NonBlockingBuilder::default()
+        .lossy(false)
+        .buffered_lines_limit(16_384)
+        .finish(std::io::stderr());
+    let mut writers = vec![writer];
     let output: Box<dyn Layer<_> + Send + Sync> = if journal {
         Box::new(Journal)
     } else if text {
-        Box::new(tracing_subscriber::fmt::layer().with_ansi(terminal).with_writer(std::io::stderr))
+        Box::new(tracing_subscriber::fmt::layer().with_ansi(terminal).with_writer(stderr))
     } else {
-        Box::new(tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(std::io::stderr))
+        Box::new(tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(stderr))
     };
-    let (file, guard) = match &config.dir {
-        None => (None, None),
+    let file = match &config.dir {
+        None => None,
         Some(dir) => {
             let appender = tracing_appender::rolling::Builder::new()
                 .rotation(tracing_appender::rolling::Rotation::DAILY)
@@ -72,9 +80,8 @@ pub fn init(config: &Log) -> Result<Logs, String> {
                 .build(dir)
                 .map_err(|e| format!("cannot write log files in {}: {e}", dir.display()))?;
             let (writer, guard) = tracing_appender::non_blocking(appender);
-            let layer =
-                tracing_subscriber::fmt::layer().json().flatten_event(true).with_ansi(false).with_writer(writer);
-            (Some(layer), Some(guard))
+            writers.push(guard);
+            Some(tracing_subscriber::fmt::layer().json().flatten_event(true).with_ansi(false).with_writer(writer))
         }
     };
     tracing_subscriber::registry()
@@ -83,7 +90,7 @@ pub fn init(config: &Log) -> Result<Logs, String> {
         .with(file)
         .try_init()
         .map_err(|e| format!("cannot start logging: {e}"))?;
-    Ok(Logs { filter: handle, _file: guard })
+    Ok(Logs { filter: handle, _writers: writers })
 }
 
 /// Sends each event to journald with its fields as journal fields (`DEALSCALE_TENANT=…`).

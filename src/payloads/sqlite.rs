@@ -644,6 +644,9 @@ fn open(file: &Path, shared: &Shared) -> Result<Connection, Error> {
     }
     let mut db = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)
         .map_err(sql)?;
+    // The bundled SQLite looks at bound values when it plans, and prepares a statement again when they change; our statements have one right
+    // plan each.
+    db.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true).map_err(sql)?;
     db.busy_timeout(Duration::from_secs(5)).map_err(sql)?;
     db.set_prepared_statement_cache_capacity(64);
     db.execute_batch(&format!(
@@ -716,6 +719,7 @@ impl Readers {
 
 fn reader(file: &Path) -> rusqlite::Result<Connection> {
     let db = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+    db.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     db.busy_timeout(Duration::from_secs(5))?;
     db.execute_batch("PRAGMA query_only = TRUE; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -2048")?;
     Ok(db)
