@@ -7,10 +7,11 @@
 //! ```
 //!
 //! # Invariants
-//! 1. Start: bind → open state → ready. A part that is merely away (Pulsar, PostgreSQL, n8n) never stops the start; state that cannot be
+//! 1. Start: take the sockets → open state → ready. A part that is merely away (Pulsar, PostgreSQL, n8n) never stops the start; state that cannot be
 //!    read does. A port in use degrades that listener only, and is tried again.
-//! 2. Stop, in reverse of the arrow: no new deliveries and no long polls, while publishes go on being taken; when deliveries are done (or the deadline
-//!    has come) the listeners close and finish their requests; then the relay, then the stores. Killed instead, nothing is lost.
+//! 2. Stop, in reverse of the arrow, under one deadline (`bridge.drain_timeout`): no new deliveries, no long polls and no idle connections, while
+//!    publishes go on being taken; when deliveries are done, or only [`answers`] of the time is left, the listeners stop accepting and finish
+//!    their requests; then the relay, then the stores. Killed instead, nothing is lost.
 //! 3. Environments share nothing but listeners, accounts and the key ring.
 
 use std::collections::BTreeMap;
@@ -30,6 +31,7 @@ use crate::config::{self, Config, EnvironmentConfig, Overrides};
 use crate::delivery::{self, Delivery};
 use crate::finals::{Finals, Receipts};
 use crate::ids::Environment;
+use crate::listen::{self, Sockets};
 use crate::n8n::N8n;
 use crate::observe::health::{Level, Part, Report};
 use crate::observe::logs::Logs;
@@ -37,11 +39,13 @@ use crate::observe::trace;
 use crate::outbox::Outbox;
 use crate::payloads::Store;
 use crate::relay::{self, Relay};
-use crate::supervise::{Failures, Supervisor};
+use crate::supervise::{Failures, Supervisor, notify};
 use crate::units::Bytes;
 
 /// A listener whose port is taken is tried again this often.
 const BIND_AGAIN: Duration = Duration::from_secs(2);
+/// The watchdog does not wait longer for what parts tell of outside systems.
+const REPORT_MAX: Duration = Duration::from_secs(2);
 /// What the relay and the stores may take at the end: one batch and one sync, with room for a slow disk.
 const CLOSE_MAX: Duration = Duration::from_secs(10);
 
@@ -62,6 +66,8 @@ struct Inner {
     bridge: Bridge,
     rooms: BTreeMap<Environment, Room>,
     listeners: Mutex<BTreeMap<&'static str, Part>>,
+    /// systemd's, until their listeners take them.
+    sockets: Sockets,
 }
 
 /// One environment at work.
@@ -93,7 +99,12 @@ impl App {
     ///
     /// # Errors
     /// State that cannot be opened, with what to do about it.
-    pub async fn start(config: Config, overrides: Overrides, logs: Logs) -> Result<(Self, Failures), String> {
+    pub async fn start(
+        config: Config,
+        overrides: Overrides,
+        logs: Logs,
+        sockets: Sockets,
+    ) -> Result<(Self, Failures), String> {
         let (supervisor, failures) = Supervisor::new();
         let (front, back) = (supervisor.sibling(), supervisor);
         let clock = Clock::System;
@@ -121,14 +132,19 @@ impl App {
             bridge: bridge.clone(),
             rooms,
             listeners: Mutex::default(),
+            sockets,
         });
 
         let stop = bridge::Stop::default();
         let admin = inner.clone().admin();
+        // Tried once before anybody is told that it runs.
+        let bridge_listener = inner.open("bridge", listen);
+        let admin_listener = inner.open("admin", admin_listen);
+        let operators = inner.open_socket(&socket);
         front.spawn("bridge", {
             let (inner, stop, bridge) = (inner.clone(), stop.clone(), bridge.clone());
             async move {
-                if let Some(listener) = inner.listen("bridge", listen, &stop.last).await {
+                if let Some(listener) = inner.listen(bridge_listener, "bridge", listen, &stop.last).await {
                     bridge::serve(listener, bridge, stop).await;
                 }
             }
@@ -136,7 +152,7 @@ impl App {
         front.spawn("admin", {
             let (inner, last, router) = (inner.clone(), stop.last.clone(), admin.public());
             async move {
-                if let Some(listener) = inner.listen("admin", admin_listen, &last).await {
+                if let Some(listener) = inner.listen(admin_listener, "admin", admin_listen, &last).await {
                     let served = axum::serve(listener, router).with_graceful_shutdown(last.cancelled_owned()).await;
                     if let Err(error) = served {
                         tracing::error!(%error, "the admin listener ended");
@@ -145,18 +161,10 @@ impl App {
             }
         });
         front.spawn("admin.socket", {
-            let (inner, last) = (inner.clone(), stop.last.clone());
+            let last = stop.last.clone();
             let router = admin.operator().merge(bridge::operator(bridge));
             async move {
-                let listener = match admin::bind_socket(&socket) {
-                    Ok(listener) => listener,
-                    Err(error) => {
-                        tracing::error!(path = %socket.display(), %error, "the admin socket cannot be served; the command line cannot operate");
-                        inner.listener("admin.socket", Level::Degraded, format!("{}: {error}", socket.display()));
-                        return last.cancelled().await;
-                    }
-                };
-                inner.listener("admin.socket", Level::Ok, socket.display().to_string());
+                let Some(listener) = operators else { return last.cancelled().await };
                 let service = router.into_make_service_with_connect_info::<admin::Peer>();
                 let served = axum::serve(listener, service).with_graceful_shutdown(last.cancelled_owned()).await;
                 if let Err(error) = served {
@@ -165,7 +173,14 @@ impl App {
                 let _ = std::fs::remove_file(&socket);
             }
         });
+        back.spawn("watchdog", {
+            let (inner, shutdown) = (inner.clone(), back.shutdown());
+            notify::watch(Arc::new(move || Box::pin(inner.clone().progress())), shutdown)
+        });
         tracing::info!(version = env!("CARGO_PKG_VERSION"), bridge = %listen, admin = %admin_listen, "started");
+        if let Some(next) = inner.next_step() {
+            tracing::warn!("{next}");
+        }
         Ok((Self { inner, stop, front, back }, failures))
     }
 
@@ -174,21 +189,30 @@ impl App {
         self.inner.clone().reload().await
     }
 
+    /// One line for the service manager's status.
+    pub async fn summary(&self) -> String {
+        self.inner.clone().progress().await
+    }
+
     /// Drains and ends; see invariant 2.
     pub async fn stop(self) {
-        let deadline = self.inner.config().bridge.drain_timeout.0;
-        tracing::info!(deadline_seconds = deadline.as_secs(), "stopping: no new deliveries");
+        let whole = self.inner.config().bridge.drain_timeout.0;
+        let end = tokio::time::Instant::now() + whole;
+        tracing::info!(deadline_seconds = whole.as_secs(), "stopping: no new deliveries");
+        // Requests, relay and stores each have their own end behind the deadline.
+        notify::stopping("finishes what is under way", whole + 4 * CLOSE_MAX);
         self.stop.draining.cancel();
         let drained = self.inner.rooms.values().map(|room| room.supervisors().0.clone());
         let drained: Vec<_> = drained.collect();
-        let drained = futures_util::future::join_all(drained.iter().map(|work| work.drain(deadline))).await;
+        let deliveries = whole - answers(whole);
+        let drained = futures_util::future::join_all(drained.iter().map(|work| work.drain(deliveries))).await;
         if drained.contains(&false) {
             tracing::warn!("deliveries were still under way at the deadline; they go on after the next start");
         }
         // Before `last`, so that listeners that end now are not taken for tasks that died.
         self.front.shutdown().cancel();
         self.stop.last.cancel();
-        if !self.front.drain(deadline).await {
+        if !self.front.drain(end.saturating_duration_since(tokio::time::Instant::now())).await {
             tracing::warn!("requests were still under way at the deadline");
         }
         if tokio::time::timeout(CLOSE_MAX, self.inner.bridge.finish()).await.is_err() {
@@ -208,6 +232,11 @@ impl App {
         }
         tracing::info!("stopped");
     }
+}
+
+/// What answers and the last sync keep of the time for a stop.
+fn answers(whole: Duration) -> Duration {
+    (whole / 4).min(Duration::from_secs(5))
 }
 
 /// Opens one environment's state and starts its part of the arrow.
@@ -324,25 +353,87 @@ impl Inner {
         listeners.insert(name, Part::new(name, level, detail));
     }
 
-    /// Binds, and tries again while the port is taken. `None` when the end came first.
-    async fn listen(&self, name: &'static str, addr: SocketAddr, last: &CancellationToken) -> Option<TcpListener> {
-        loop {
-            match TcpListener::bind(addr).await {
-                Ok(listener) => {
-                    self.listener(name, Level::Ok, format!("listens on {addr}"));
-                    return Some(listener);
+    /// Takes systemd's socket or binds one; says how that went.
+    fn open(&self, name: &'static str, addr: SocketAddr) -> Option<TcpListener> {
+        let socket = if name == "bridge" { listen::BRIDGE } else { listen::HEALTH };
+        match self.sockets.open(socket, addr) {
+            Ok(open) => {
+                match open.describe(addr) {
+                    Ok(detail) => self.listener(name, Level::Ok, detail),
+                    Err(detail) => {
+                        tracing::warn!(listener = name, "{detail}");
+                        self.listener(name, Level::Degraded, detail);
+                    }
                 }
-                Err(error) => {
-                    let level = if name == "bridge" { Level::Down } else { Level::Degraded };
-                    let detail = format!("cannot listen on {addr}: {error}; it is tried again");
-                    tracing::error!(listener = name, %addr, %error, "cannot listen; it is tried again");
-                    self.listener(name, level, detail);
-                }
+                Some(open.listener)
             }
+            Err(error) => {
+                let level = if name == "bridge" { Level::Down } else { Level::Degraded };
+                let detail = format!("cannot listen on {addr}: {error}; it is tried again");
+                tracing::error!(listener = name, %addr, %error, "cannot listen; it is tried again");
+                self.listener(name, level, detail);
+                None
+            }
+        }
+    }
+
+    /// Tries again while the port is taken. `None` when the end came first.
+    async fn listen(
+        &self,
+        mut open: Option<TcpListener>,
+        name: &'static str,
+        addr: SocketAddr,
+        last: &CancellationToken,
+    ) -> Option<TcpListener> {
+        while open.is_none() {
             tokio::select! {
                 () = last.cancelled() => return None,
-                () = tokio::time::sleep(BIND_AGAIN) => {}
+                () = tokio::time::sleep(BIND_AGAIN) => open = self.open(name, addr),
             }
+        }
+        open
+    }
+
+    fn open_socket(&self, path: &std::path::Path) -> Option<tokio::net::UnixListener> {
+        match admin::bind_socket(path) {
+            Ok(listener) => {
+                self.listener("admin.socket", Level::Ok, path.display().to_string());
+                Some(listener)
+            }
+            Err(error) => {
+                tracing::error!(path = %path.display(), %error, "the admin socket cannot be served; the command line cannot operate");
+                self.listener("admin.socket", Level::Degraded, format!("{}: {error}", path.display()));
+                None
+            }
+        }
+    }
+
+    /// What an operator has to do before anything can be published.
+    fn next_step(&self) -> Option<String> {
+        let config = self.config();
+        let accounts = &config.accounts;
+        (config.bridge.token_required && accounts.accounts.is_empty() && accounts.issuers.is_empty()).then(|| {
+            "no account yet, every publish is 401: run `dealscale token NAME`, put its lines into dealscale.toml, then `dealscale reload`".into()
+        })
+    }
+
+    /// Ends when every outbox's thread has answered, with one line on the whole: what feeds the watchdog.
+    async fn progress(self: Arc<Self>) -> String {
+        for room in self.rooms.values() {
+            // Whatever it answers: an outbox that is being opened again says so itself.
+            let _ = room.outbox.list(None, true, None, 1).await;
+        }
+        let at = self.config().bridge.listen;
+        // A database that hangs is not our hanging.
+        let Ok(report) = tokio::time::timeout(REPORT_MAX, self.clone().report()).await else {
+            return format!("takes events on {at}; a part does not tell its state");
+        };
+        match (report.parts.iter().find(|p| p.level == report.level), self.next_step()) {
+            (Some(part), _) if report.level > Level::Ok => {
+                format!("{}: {}: {}", if report.is_ready() { "degraded" } else { "down" }, part.name, part.detail)
+            }
+            (_, Some(next)) => next,
+            _ => format!("takes events on {at}"),
         }
     }
 
@@ -362,6 +453,9 @@ impl Inner {
             self.listeners.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         for (name, room) in &self.rooms {
             parts.extend(room.report(name).await);
+        }
+        if let Some(next) = self.next_step() {
+            parts.push(Part::new("accounts", Level::Ok, next));
         }
         Report::new(parts)
     }
@@ -384,6 +478,13 @@ impl Inner {
     /// Reads the configuration again. What can change does, for the next request; what cannot is named and stays. A configuration
     /// with a problem is refused as a whole.
     async fn reload(self: Arc<Self>) -> Result<Value, Vec<String>> {
+        notify::reloading();
+        let reloaded = self.clone().apply().await;
+        notify::ready(&self.progress().await);
+        reloaded
+    }
+
+    async fn apply(self: Arc<Self>) -> Result<Value, Vec<String>> {
         let variables = |name: &str| std::env::var(name).ok();
         let new = config::load(&self.overrides, &variables).map_err(|problems| {
             let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();

@@ -12,7 +12,7 @@
 //! 6  main cli app                          app.rs alone wires parts together
 //! 5  bridge relay delivery admin           what the appliance does
 //! 4  routing references outbox broker payloads postgres n8n     one outside system each
-//! 3  supervise finals                      tasks, readiness, drain; who waits for what
+//! 3  supervise finals listen               tasks, readiness, watchdog, drain; who waits for what; sockets
 //! 2  observe                               events = log + metric, traces, health
 //! 1  config                                one file per part, checked newtypes
 //! 0  units ids clock event seal            words
@@ -30,6 +30,7 @@ pub mod config;
 pub mod observe;
 // 3
 pub mod finals;
+pub mod listen;
 pub mod supervise;
 // 4
 pub mod broker;

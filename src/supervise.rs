@@ -5,6 +5,10 @@
 //!    half an appliance is worse than none. A panic in one request costs that request only.
 //! 2. [`Supervisor::drain`] asks all tasks to end and waits until the deadline; then it goes on without them. Killed at
 //!    any instruction instead, nothing that was acknowledged is lost.
+//!
+//! [`notify`] is the way to the service manager: readiness, reload, stop, and the watchdog that is fed by progress.
+
+pub mod notify;
 
 use std::future::Future;
 use std::time::Duration;

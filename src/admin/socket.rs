@@ -36,7 +36,7 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     if let Ok(Some(group)) = nix::unistd::Group::from_name("dealscale-admin") {
-        // Without the right to change it (a developer's machine) the owner's group stays.
+        // As a service without the right to change owners, the folder's set-group-id bit has done it; on a developer's machine the owner's group stays.
         let _ = std::os::unix::fs::chown(path, None, Some(group.gid.as_raw()));
     }
     Ok(listener)

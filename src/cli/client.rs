@@ -24,9 +24,12 @@ pub struct Answer {
 impl Client {
     /// Reads the configuration for the socket's path; connects with the first request.
     pub fn new(global: &Global) -> Result<Self, Failure> {
-        let config = load(global)?;
+        // Members of dealscale-admin may operate and not read the configuration, which can hold secrets: the package's socket serves them.
+        let readable = super::is_readable(global);
+        let config = if readable { load(global)? } else { crate::config::parse("").map_err(Failure::Config)? };
         let environment = match &global.environment {
-            None if config.environments.len() == 1 => None,
+            Some(name) if !readable => Some(name.to_string()),
+            None if !readable || config.environments.len() == 1 => None,
             _ => Some(super::environment(&config, global)?.name.to_string()),
         };
         let socket = config.admin.socket.clone();

@@ -67,13 +67,13 @@ enum Command {
     Serve,
     /// Check the configuration and print every problem
     Check,
-    /// The effective configuration
+    /// The effective configuration, and its addresses for systemd
     #[command(subcommand)]
     Config(config_show::Command),
     /// State of each part of the running appliance
     Status,
     /// Make the running appliance read its configuration again
-    Reload,
+    Reload(status::ReloadCommand),
     /// Publish one event, as a workflow would
     Publish(publish::Command),
     /// What became of events
@@ -167,7 +167,7 @@ fn dispatch(cli: Cli) -> Outcome {
         }
         Command::Man => man(),
         Command::Status => block_on(status::run(global)),
-        Command::Reload => block_on(status::reload(global)),
+        Command::Reload(command) => block_on(status::reload(global, &command)),
         Command::Publish(command) => block_on(publish::run(global, command)),
         Command::Executions(command) => block_on(executions::run(global, command)),
         Command::DeadLetters(command) => block_on(dead_letters::run(global, command)),
@@ -200,6 +200,12 @@ fn man() -> Outcome {
 fn load(global: &Global) -> Result<Config, Failure> {
     let overrides = Overrides { file: global.config.clone(), state_dir: global.state_dir.clone() };
     config::load(&overrides, &|name| std::env::var(name).ok()).map_err(Failure::Config)
+}
+
+/// Whether this user may read the configuration; one that is not there may be read.
+fn is_readable(global: &Global) -> bool {
+    let file = global.config.clone().unwrap_or_else(|| PathBuf::from(config::paths::CONFIG_FILE));
+    !std::fs::File::open(file).is_err_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied)
 }
 
 /// `--environment`, or the only one there is.

@@ -10,7 +10,9 @@ use super::{Failure, Outcome};
 
 /// To standard error, with our name in front.
 pub fn error(text: &str) {
-    let _ = writeln!(std::io::stderr(), "dealscale: {text}");
+    // Under systemd standard error is the journal, which takes the priority from the front of the line (sd-daemon(3)).
+    let priority = if std::env::var_os("JOURNAL_STREAM").is_some() { "<3>" } else { "" };
+    let _ = writeln!(std::io::stderr(), "{priority}dealscale: {text}");
 }
 
 /// A reader that went away (`| head`) is no failure.

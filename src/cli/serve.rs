@@ -1,17 +1,38 @@
 //! `dealscale serve`: from a checked configuration to a running appliance and back.
 //!
-//! Start: check everything → bind → open state → ready. Stop (SIGTERM, SIGINT): see [`App::stop`]. SIGHUP reads the configuration again.
+//! Start: check everything → take the sockets → open state → ready. Stop (SIGTERM, SIGINT): see [`App::stop`]. SIGHUP reads the configuration again.
+//!
+//! Under systemd a start that fails holds its end back, longer each time, so that the manager's constant `RestartSec=` becomes a backoff
+//! (systemd has one of its own only from 254 on). A stop or restart by the operator ends the wait. A configuration that cannot work
+//! is not waited for: exit code 78 is not started again at all.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failure, Global, Outcome, load};
 use crate::app::App;
 use crate::config::Overrides;
+use crate::listen::Sockets;
 use crate::observe::logs;
+use crate::supervise::notify;
+
+/// The longest that a failed start holds its end back.
+const BACKOFF_MAX: Duration = Duration::from_secs(60);
 
 pub fn run(global: &Global) -> Outcome {
-    let config = load(global)?;
+    let config = load(global).inspect_err(|_| {
+        notify::status(
+            "the configuration cannot work: see the lines above, or run `dealscale check` as root; then start it again",
+        );
+    })?;
     let logs = logs::init(&config.log)?;
+    let (sockets, problems) = Sockets::take();
+    for problem in problems {
+        tracing::error!("{problem}");
+    }
+    let failed_starts = FailedStarts::beside(&config.admin.socket);
     let overrides = Overrides { file: global.config.clone(), state_dir: global.state_dir.clone() };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("dealscale").build();
     let runtime = runtime.map_err(|e| format!("cannot start: {e}"))?;
@@ -24,7 +45,22 @@ pub fn run(global: &Global) -> Outcome {
             (Ok(terminate), Ok(interrupt), Ok(hangup)) => (terminate, interrupt, hangup),
             _ => return Err(Failure::from("cannot listen for signals")),
         };
-        let (app, mut failures) = App::start(config, overrides, logs).await?;
+        let (app, mut failures) = match notify::starting(App::start(config, overrides, logs, sockets)).await {
+            Ok(started) => started,
+            Err(error) => {
+                let wait = failed_starts.count();
+                tracing::error!(tries_again_seconds = wait.as_secs(), "the start failed: {error}");
+                notify::extend(&format!("the start failed: {error}"), wait + BACKOFF_MAX);
+                tokio::select! {
+                    () = tokio::time::sleep(wait) => {}
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                return Err(Failure::Message(error));
+            }
+        };
+        failed_starts.forget();
+        notify::ready(&app.summary().await);
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
@@ -42,4 +78,45 @@ pub fn run(global: &Global) -> Outcome {
     // Blocking reads that hang (a dead disk, say) must not hold up the end.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     outcome
+}
+
+/// How many starts have failed one after the other: a file, none without systemd.
+struct FailedStarts(Option<PathBuf>);
+
+impl FailedStarts {
+    /// Beside the admin socket, in a folder that a reboot empties.
+    fn beside(socket: &Path) -> Self {
+        Self(socket.parent().filter(|_| notify::is_managed()).map(|dir| dir.join("failed-starts")))
+    }
+
+    /// Counts one more, and says how long to wait: nothing the first time, then 2 s, 4 s, … [`BACKOFF_MAX`].
+    fn count(&self) -> Duration {
+        let Some(file) = &self.0 else { return Duration::ZERO };
+        let before: u32 = std::fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+        // Without the file the manager's RestartSec= alone remains.
+        let _ = std::fs::write(file, before.saturating_add(1).to_string());
+        if before == 0 { Duration::ZERO } else { BACKOFF_MAX.min(Duration::from_secs(1 << before.min(6))) }
+    }
+
+    fn forget(&self) {
+        if let Some(file) = &self.0 {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_starts_wait_longer_each_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let starts = FailedStarts(Some(dir.path().join("failed-starts")));
+        let waits: Vec<_> = (0..8).map(|_| starts.count().as_secs()).collect();
+        assert_eq!(waits, [0, 2, 4, 8, 16, 32, 60, 60]);
+        starts.forget();
+        assert_eq!(starts.count(), Duration::ZERO);
+        assert_eq!(FailedStarts(None).count(), Duration::ZERO, "in a terminal nothing waits");
+    }
 }

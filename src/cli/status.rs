@@ -1,5 +1,7 @@
 //! `dealscale status` and `dealscale reload`.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use super::client::Client;
@@ -40,8 +42,28 @@ fn flat(path: &str, value: &Value) -> Vec<Vec<String>> {
     }
 }
 
-pub async fn reload(global: &Global) -> Outcome {
-    let applied = Client::new(global)?.post("/admin/reload", None).await?;
+#[derive(clap::Args, Debug)]
+pub struct ReloadCommand {
+    /// Wait for an appliance that is just starting, half a minute at most
+    #[arg(long)]
+    wait: bool,
+}
+
+/// For how long, and how often, `--wait` tries.
+const WAIT_TRIES: usize = 60;
+const WAIT_EVERY: Duration = Duration::from_millis(500);
+
+pub async fn reload(global: &Global, command: &ReloadCommand) -> Outcome {
+    // A configuration with a problem is refused here already, with all of them; the running appliance never sees it.
+    let client = Client::new(global)?;
+    let mut tries = if command.wait { WAIT_TRIES } else { 1 };
+    let applied = loop {
+        tries -= 1;
+        match client.post("/admin/reload", None).await {
+            Err(Failure::Unavailable(_)) if tries > 0 => tokio::time::sleep(WAIT_EVERY).await,
+            answer => break answer?,
+        }
+    };
     if global.json {
         return output::json(&applied);
     }

@@ -202,3 +202,92 @@ async fn operating_needs_the_socket_not_loopback() {
     let status: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!(status["level"], "ok", "{text}");
 }
+
+/// One request on a connection, and the head of its answer.
+fn ask(stream: &mut std::net::TcpStream, close: bool) -> String {
+    use std::io::{Read, Write};
+    let body = r#"{"workflow":"orders","tenant_id":"t1","payload":1}"#;
+    let connection = if close { "connection: close\r\n" } else { "" };
+    write!(
+        stream,
+        "POST /pulsar/publish HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{connection}content-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let mut answer = Vec::new();
+    let mut byte = [0; 1];
+    let length = |head: &str| -> usize {
+        let line = head.lines().find(|l| l.to_ascii_lowercase().starts_with("content-length:"));
+        line.and_then(|l| l[15..].trim().parse().ok()).unwrap_or(0)
+    };
+    while !answer.ends_with(b"\r\n\r\n") {
+        assert_eq!(stream.read(&mut byte).unwrap(), 1, "ended before an answer: {}", String::from_utf8_lossy(&answer));
+        answer.push(byte[0]);
+    }
+    let head = String::from_utf8(answer).unwrap();
+    let mut rest = vec![0; length(&head)];
+    stream.read_exact(&mut rest).unwrap();
+    head.to_ascii_lowercase()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_ends_idle_connections_and_takes_events_while_deliveries_finish() {
+    use std::io::Read;
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let mut appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    receiver.script([Reply::status(200).after(Duration::from_secs(4))]);
+    appliance.publish("orders", json!(1)).await;
+    receiver.wait_for(1, SOON).await;
+    let connect = || {
+        let stream = std::net::TcpStream::connect(appliance.bridge).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream
+    };
+    let (mut idle, mut unasked, mut kept) = (connect(), connect(), connect());
+    assert!(ask(&mut idle, false).starts_with("http/1.1 202"));
+    assert!(ask(&mut kept, false).starts_with("http/1.1 202"));
+    let pid = nix::unistd::Pid::from_raw(appliance.pid() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(idle.read(&mut [0; 1]).unwrap(), 0, "an idle connection is closed");
+    // The delivery is still under way: what comes now is taken, and its connection ends with the answer.
+    for stream in [&mut unasked, &mut connect()] {
+        let head = ask(stream, false);
+        assert!(head.starts_with("http/1.1 202") && head.contains("connection: close"), "{head}");
+        assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+    }
+    assert_eq!(kept.read(&mut [0; 1]).unwrap(), 0);
+    assert!(appliance.stop().await);
+    assert!(!appliance.log().contains("still under way"), "{}", appliance.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_service_manager_is_told() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let mut appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    assert!(appliance.stop().await);
+    let path = dir.path().join("notify");
+    let socket = tokio::net::UnixDatagram::bind(&path).unwrap();
+    appliance.environment = vec![("NOTIFY_SOCKET", path.display().to_string()), ("WATCHDOG_USEC", "400000".to_owned())];
+    appliance.launch().await;
+    let mut told = String::new();
+    let mut until = async |wanted: &[&str]| {
+        let mut found = 0;
+        while found < wanted.len() {
+            let mut buffer = [0; 4096];
+            let read = tokio::time::timeout(SOON, socket.recv(&mut buffer)).await;
+            let read = read.unwrap_or_else(|_| panic!("no {} in {told}", wanted[found])).unwrap();
+            let text = String::from_utf8_lossy(&buffer[..read]).into_owned();
+            told.push_str(&text);
+            if text.lines().any(|line| line.starts_with(wanted[found])) {
+                found += 1;
+            }
+        }
+    };
+    until(&["READY=1", "WATCHDOG=1", "WATCHDOG=1"]).await;
+    assert_eq!(appliance.cli(&["reload", "--wait"]).0, 0);
+    until(&["RELOADING=1", "READY=1", "WATCHDOG=1"]).await;
+    assert!(appliance.stop().await);
+    until(&["STOPPING=1"]).await;
+    let ready = told.find("READY=1").unwrap();
+    assert!(!told[..ready].contains("WATCHDOG=1") && told.contains("STATUS=takes events on"), "{told}");
+}

@@ -13,6 +13,8 @@ pub struct Appliance {
     pub admin: SocketAddr,
     pub dir: PathBuf,
     pub config: PathBuf,
+    /// For the next launch.
+    pub environment: Vec<(&'static str, String)>,
     child: Option<Child>,
     http: reqwest::Client,
     token: Option<String>,
@@ -44,6 +46,7 @@ impl Appliance {
             admin: SocketAddr::from(([127, 0, 0, 1], admin)),
             dir: dir.to_owned(),
             config,
+            environment: Vec::new(),
             child: None,
             http: reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(120)).build().expect("a client"),
             token: None,
@@ -65,6 +68,7 @@ impl Appliance {
         let child = Command::new(env!("CARGO_BIN_EXE_dealscale"))
             .args(["serve", "--config"])
             .arg(&self.config)
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
