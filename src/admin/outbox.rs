@@ -22,6 +22,7 @@ pub(super) fn router() -> Router<Admin> {
         .route("/admin/outbox/records/{sequence}", get(show).delete(discard))
         .route("/admin/outbox/records/{sequence}/requeue", post(requeue))
         .route("/admin/outbox/acknowledge-loss", post(acknowledge))
+        .route("/admin/outbox/finalize", post(finalize))
 }
 
 /// A record as it travels between the appliance and the command line, and in an export.
@@ -172,6 +173,19 @@ async fn acknowledge(
     admin.outbox(&headers)?.acknowledge_data_loss().await.map_err(|e| failed(&e))?;
     tracing::warn!(target: "dealscale::audit", uid = ?peer.uid, "possible data loss was acknowledged");
     Ok(Json(json!({ "acknowledged": true })).into_response())
+}
+
+/// The newest on-disk format from now on.
+async fn finalize(
+    State(admin): State<Admin>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    headers: HeaderMap,
+) -> Result<Response, Response> {
+    let (before, now) = admin.outbox(&headers)?.finalize().await.map_err(|e| failed(&e))?;
+    if before != now {
+        tracing::warn!(target: "dealscale::audit", before, now, uid = ?peer.uid, "the on-disk format was raised; there is no way back");
+    }
+    Ok(Json(json!({ "format_before": before, "format": now })).into_response())
 }
 
 /// Takes exported records: each keeps its id, so what is here already is a duplicate, not a second event.

@@ -24,6 +24,7 @@ mod output;
 mod publish;
 mod routes;
 mod serve;
+mod state;
 mod status;
 mod token;
 mod topology;
@@ -85,6 +86,9 @@ enum Command {
     /// The durable local queue
     #[command(subcommand)]
     Outbox(outbox::Command),
+    /// The format of what is on disk
+    #[command(subcommand)]
+    State(state::Command),
     /// Pulsar's tenant, namespace, topics and subscriptions, against the topics file
     #[command(subcommand)]
     Topology(topology::Command),
@@ -172,6 +176,7 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Executions(command) => block_on(executions::run(global, command)),
         Command::DeadLetters(command) => block_on(dead_letters::run(global, command)),
         Command::Outbox(command) => block_on(outbox::run(global, command)),
+        Command::State(command) => block_on(state::run(global, command)),
         Command::Topology(command) => block_on(topology::run(global, command)),
     }
 }

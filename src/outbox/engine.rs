@@ -644,6 +644,13 @@ impl Engine {
         self.writes.push(Write { tree: Tree::Meta, key: b"loss".to_vec(), value: None });
     }
 
+    /// From now on the newest format; answers the one before and the one now.
+    pub fn finalize(&mut self) -> Result<(u8, u8), Failure> {
+        let before = self.kv.get(Tree::Meta, b"format")?.and_then(|bytes| bytes.first().copied()).unwrap_or(0);
+        self.writes.push(Write { tree: Tree::Meta, key: b"format".to_vec(), value: Some(vec![super::open::FORMAT]) });
+        Ok((before, super::open::FORMAT))
+    }
+
     // --- the local broker ---
 
     /// Adds messages to the batch and answers their ids.

@@ -391,6 +391,14 @@ impl Outbox {
         self.ask(Command::AcknowledgeLoss, true).await?
     }
 
+    /// Writes the newest format from now on: the release before cannot read it any more. Answers the format before and now.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn finalize(&self) -> Result<(u8, u8), Error> {
+        self.ask(Command::Finalize, true).await?
+    }
+
     /// As of the last batch, half a second old at most.
     pub fn status(&self) -> Status {
         self.shared.status.lock().unwrap_or_else(PoisonError::into_inner).clone()

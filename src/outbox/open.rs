@@ -18,8 +18,10 @@ use crate::observe::outbox as events;
 use crate::seal::Seal;
 use crate::units::Bytes;
 
-/// The on-disk format that this release writes, and the only one there has been.
-const FORMAT: u8 = 1;
+/// The newest on-disk format that this release reads. It writes it once an operator has said `dealscale state finalize`.
+pub const FORMAT: u8 = if cfg!(feature = "next-format") { 2 } else { 1 };
+/// What it writes until then, so that the release before can still read it: one step back works. Format 1 is the first.
+pub const FORMAT_BEFORE: u8 = if FORMAT > 1 { FORMAT - 1 } else { 1 };
 /// Raw files are searched in windows of this size, overlapping by the largest pack.
 const WINDOW: usize = 8 << 20;
 const OVERLAP: usize = 128 << 10;
@@ -63,17 +65,19 @@ fn open_store(
         !files(&settings.dir).map_err(Failure::io)?.iter().any(|f| !f.ends_with("lock") && !f.ends_with(Witness::NAME));
     let mut kv = store::open(settings.store, &settings.dir)?;
     match kv.get(Tree::Meta, b"format")?.as_deref() {
-        Some([FORMAT]) => {}
+        Some(&[format]) if (FORMAT_BEFORE..=FORMAT).contains(&format) => {}
         Some(other) => {
             let other = other.first().copied().unwrap_or(0);
             let text = format!(
-                "{} has format {other}, this release reads {FORMAT}: install the release that wrote it",
+                "{} has format {other}, this release reads {FORMAT_BEFORE} to {FORMAT}: install the release that wrote it",
                 settings.dir.display()
             );
             return Err(Failure::Io(text.into()));
         }
         None if !fresh => return Err(Failure::Corrupt("the store has lost its format".into())),
-        None => kv.commit(vec![Write { tree: Tree::Meta, key: b"format".to_vec(), value: Some(vec![FORMAT]) }])?,
+        None => {
+            kv.commit(vec![Write { tree: Tree::Meta, key: b"format".to_vec(), value: Some(vec![FORMAT_BEFORE]) }])?
+        }
     }
     let engine = Engine::open(kv, settings.clone(), seal.clone(), limits.clone())?;
     if let Some(seen) = Witness::read(&settings.dir)

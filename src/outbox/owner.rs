@@ -84,6 +84,7 @@ pub enum Command {
     Cancel(Key, Reply<Cancelled>),
     Repair(Sequence, bool, Reply<bool>),
     AcknowledgeLoss(Reply<()>),
+    Finalize(Reply<(u8, u8)>),
     Backlog(Reply<Vec<Backlog>>),
     Browse(Topic, usize, Reply<Vec<Held>>),
     Close(Reply<()>),
@@ -316,6 +317,10 @@ fn read(
             engine.acknowledge_loss();
             answers.push(later(reply, ()));
         }
+        Command::Finalize(reply) => {
+            let formats = engine.finalize()?;
+            answers.push(later(reply, formats));
+        }
         Command::Backlog(reply) => drop(reply.send(Ok(engine.backlog()))),
         Command::Browse(topic, limit, reply) => {
             let messages = engine.browse(&topic, limit)?;
@@ -367,6 +372,7 @@ fn refuse(command: Command, error: &Error) {
             drop(reply.send(Err(error)))
         }
         Command::AcknowledgeLoss(reply) | Command::Close(reply) => drop(reply.send(Err(error))),
+        Command::Finalize(reply) => drop(reply.send(Err(error))),
         Command::Publish(_, reply) => drop(reply.send(Err(error))),
         Command::Lease(_, _, reply) => drop(reply.send(Err(error))),
         Command::Receive(_, _, _, reply) => drop(reply.send(Err(error))),
