@@ -15,7 +15,7 @@ BYTES_MAX=$((15 << 20))
 
 build() {
   mkdir -p "$1"
-  rm -f "$1"/*.deb
+  rm -rf "$1"/*.deb "$1/next" "$1/again"
   # In a terminal's locale and umask nothing of the caller's shows in the package.
   (umask 022; LC_ALL=C.UTF-8 DEALSCALE_OUT=$1 debian/rules clean >"$1/build.log" 2>&1 &&
     LC_ALL=C.UTF-8 DEALSCALE_OUT=$1 debian/rules binary >>"$1/build.log" 2>&1) ||
@@ -48,6 +48,7 @@ case ${1:-} in
     [ -n "$(ls "$OUT"/dealscale_*.deb 2>/dev/null)" ] || { build "$OUT"; check; }
     build "$OUT/again"
     same "$OUT" "$OUT/again"
+    rm -r "$OUT/again"
     ;;
   --twice)
     rm -rf target/package

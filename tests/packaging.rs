@@ -11,8 +11,9 @@ fn read(path: &str) -> String {
 }
 
 fn files(dir: &str) -> Vec<String> {
-    let entries = std::fs::read_dir(at(dir)).unwrap();
-    let mut names: Vec<_> = entries.map(|e| format!("{dir}/{}", e.unwrap().file_name().to_string_lossy())).collect();
+    let entries = std::fs::read_dir(at(dir)).expect("a folder of the checkout");
+    let mut names: Vec<_> =
+        entries.map(|e| format!("{dir}/{}", e.expect("a readable entry").file_name().to_string_lossy())).collect();
     names.sort();
     names
 }

@@ -22,6 +22,9 @@ COMPONENT=main
 
 sign() { gpg --homedir "$keys" --batch --yes --pinentry-mode loopback --passphrase '' --digest-algo SHA512 "$@"; }
 
+# The agent that gpg starts by itself has nothing more to do.
+trap '[ -z "${keys:-}" ] || gpgconf --homedir "$keys" --kill gpg-agent 2>/dev/null || true' EXIT
+
 case ${1:-} in
   key)
     [ $# = 3 ] || usage
