@@ -454,6 +454,20 @@ leaving() {
     for path in /etc/dealscale /var/lib/dealscale /var/log/dealscale /run/dealscale /usr/bin/dealscale; do fails test -e $path; done
     [ -z "$(find /etc/systemd /lib/systemd/system /var/lib/systemd -name "dealscale*" ! -name "dealscale-n8n*")" ] || { find /etc/systemd /lib/systemd /var/lib/systemd -name "dealscale*"; exit 1; }
     [ -z "$(systemctl --failed --no-legend)" ] || { systemctl --failed; exit 1; }'
+  check "a fresh installation does not fail because its port is taken, and takes it when it is free" '
+    printf "[Socket]\nListenStream=127.0.0.1:8000\nAccept=yes\n" >/run/systemd/system/taken.socket
+    printf "[Service]\nExecStart=/bin/true\n" >/run/systemd/system/taken@.service
+    systemctl daemon-reload
+    systemctl start taken.socket
+    apt-get install -y /root/now.deb >/tmp/apt 2>&1 || { cat /tmp/apt; exit 1; }
+    grep "is its port in use" /tmp/apt
+    active dealscale.service dealscale-health.socket
+    until_true 75 "systemctl show -P StatusText dealscale | grep -q \"cannot listen on 127.0.0.1:8000\""
+    systemctl stop taken.socket
+    until_true 50 "curl -s -m 2 -o /dev/null http://127.0.0.1:8000/"
+    systemctl restart dealscale
+    active dealscale.service dealscale-bridge.socket dealscale-health.socket
+    [ -z "$(systemctl --failed --no-legend)" ] || { systemctl --failed; exit 1; }'
 }
 
 for suite in "${SUITES[@]}"; do host "$suite"; done
