@@ -237,9 +237,7 @@ async fn open_room(
     };
     let store = Store::open(&config.payloads, &config.outbox, name, clock.clone()).await;
     let store = store.map_err(|e| at("payloads", e.to_string()))?;
-    let routes = config.routes.iter().chain([&config.default_route]);
-    let topics = Topics { templates: routes.map(|r| r.topic.clone()).collect() };
-    let broker = Broker::open(&config.broker, name, keys.clone(), topics, &outbox, clock.clone());
+    let broker = Broker::open(&config.broker, name, keys.clone(), Topics::of(config), &outbox, clock.clone());
     let broker = broker.map_err(|e| at("broker", e.to_string()))?;
     let n8n = N8n::new(&config.n8n).map_err(|e| at("n8n", e))?;
     let (finals, receipts) = (Finals::default(), Receipts::default());

@@ -114,6 +114,25 @@ impl Topic {
     }
 }
 
+/// What stands for the tenant's name in a topic template.
+pub const TENANT: &str = "{tenant}";
+
+/// The tenant that makes `topic` of `template`.
+pub fn tenant_in(template: &str, topic: &Topic) -> Option<Tenant> {
+    let (prefix, rest) = template.split_once(TENANT)?;
+    let tail = topic.as_str().strip_prefix(prefix)?;
+    // With one placeholder the suffix is literal. With several, the first one ends where the text up to the next begins.
+    let suffix = rest.split(TENANT).next().unwrap_or_default();
+    let ends: Vec<usize> = if rest.contains(TENANT) {
+        tail.match_indices(suffix).map(|(at, _)| at).collect()
+    } else {
+        tail.len().checked_sub(suffix.len()).into_iter().collect()
+    };
+    ends.into_iter()
+        .filter_map(|end| Tenant::try_new(tail.get(..end)?).ok())
+        .find(|tenant| template.replace(TENANT, tenant.as_str()) == topic.as_str())
+}
+
 /// The id of one event, a UUID: version 7 when we make it, any version when the caller does, version 5 when it is
 /// derived from an `Idempotency-Key`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::routes::Pattern;
+use super::routes::{ConsumerKind, Pattern};
 use super::{Broker, Delivery, N8n, Outbox, Payloads, Route, Section};
-use crate::ids::{Environment, Tenant};
+use crate::ids::{Environment, TENANT, Tenant, Topic, tenant_in};
 use crate::units::Bytes;
 
 #[derive(Clone, Debug)]
@@ -70,13 +70,29 @@ impl EnvironmentConfig {
         let delivery = s.section("delivery", Delivery::check);
         let name = Environment::from_str(name).ok()?;
         if matches!(broker, Broker::Local { .. })
-            && let Some(route) = routes.iter().find(|r| r.consumer == super::routes::ConsumerKind::External)
+            && let Some(route) = routes.iter().chain([&default_route]).find(|r| r.consumer == ConsumerKind::External)
         {
             let at = format!("routes.{}.consumer", route.name);
             s.problem(
                 &at,
                 "an external consumer takes references from Pulsar: set [environments.NAME.broker] kind = \"pulsar\"",
             );
+        }
+        let all = || routes.iter().chain([&default_route]);
+        for theirs in all().filter(|r| r.consumer == ConsumerKind::External) {
+            // One topic has one subscription: each consumer would take what only the other one can end.
+            if let Some(ours) =
+                all().find(|r| r.consumer == ConsumerKind::Appliance && overlap(&r.topic, &theirs.topic))
+            {
+                s.problem(
+                    &format!("routes.{}.topic", theirs.name),
+                    format!(
+                        "an external consumer needs a topic of its own, and route {} of the appliance leads to {} too: set \
+                         topic of one of them",
+                        ours.name, theirs.topic
+                    ),
+                );
+            }
         }
         Some(Self { name, dir, tenants, n8n, outbox, payloads, broker, delivery, routes, default_route })
     }
@@ -94,4 +110,12 @@ impl EnvironmentConfig {
     pub fn route(&self, name: &str) -> &Route {
         self.routes.iter().find(|r| r.name == name).unwrap_or(&self.default_route)
     }
+}
+
+/// Whether two topic templates can give one name.
+fn overlap(one: &str, other: &str) -> bool {
+    let gives = |template: &str, name: &str| {
+        template == name || Topic::try_new(name).is_ok_and(|topic| tenant_in(template, &topic).is_some())
+    };
+    one == other || gives(one, &other.replace(TENANT, "t")) || gives(other, &one.replace(TENANT, "t"))
 }

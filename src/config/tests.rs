@@ -225,3 +225,57 @@ fn shared_secrets_cannot_be_an_issuers_algorithm() {
     assert!(problems.iter().any(|p| p.starts_with("oauth2.x.algorithms[0]")), "{problems:?}");
     assert!(problems.iter().any(|p| p.starts_with("oauth2.x.algorithms[1]")), "{problems:?}");
 }
+
+#[test]
+fn a_foreign_worker_has_its_topics_to_itself() {
+    let with = |routes: &str| {
+        let text = format!("[environments.production.broker]\nkind = \"pulsar\"\n{routes}");
+        parse(&text).map(|_| ()).map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let route = |name: &str, more: &str| format!("[[environments.production.routes]]\nname = \"{name}\"\n{more}\n");
+    let external = route("gpu", "class = \"ai\"\nconsumer = \"external\"");
+    assert_eq!(with(&external), Ok(()));
+    for other in ["class = \"ai\"", "topic = \"dealscale.ai.{tenant}\""] {
+        let problems = with(&format!("{external}{}", route("n8n", other))).unwrap_err();
+        assert!(problems[0].starts_with("environments.production.routes.gpu.topic: "), "{problems:?}");
+        assert!(problems[0].contains("n8n"), "{problems:?}");
+    }
+    let apart = route("n8n", "class = \"ai\"\ntopic = \"dealscale.ai.n8n\"");
+    assert_eq!(with(&format!("{external}{apart}")), Ok(()));
+    // Without Pulsar there is nobody to take it, by any route.
+    let all = "[environments.production.default_route]\nconsumer = \"external\"";
+    assert!(texts(parse(all))[0].contains("an external consumer takes references from Pulsar"));
+}
+
+#[test]
+fn pulsars_addresses_and_names_are_checked() {
+    let with = |line: &str| texts(parse(&format!("[environments.production.broker]\nkind = \"pulsar\"\n{line}")));
+    for good in ["pulsar://p", "pulsar://p:6650", "pulsar+ssl://a.b-c:6651/", "pulsar://[::1]:6650"] {
+        assert!(
+            parse(&format!("[environments.production.broker]\nkind = \"pulsar\"\nservice_url = \"{good}\"")).is_ok(),
+            "{good}"
+        );
+    }
+    for bad in [
+        "http://p:6650",
+        "pulsar://",
+        "pulsar://:6650",
+        "pulsar://p:0",
+        "pulsar://p:x",
+        "pulsar://a:1,b:2",
+        "pulsar://p:1/x",
+        "pulsar://u@p",
+    ] {
+        let problems = with(&format!("service_url = \"{bad}\""));
+        assert!(problems[0].starts_with("environments.production.broker.service_url"), "{bad}: {problems:?}");
+    }
+    assert!(parse("[environments.production.broker]\nkind = \"pulsar\"\ntenant = \"my_company\"").is_ok());
+    for bad in ["..", ".", "", "a/b", "a b"] {
+        assert!(
+            with(&format!("namespace = \"{bad}\""))[0].starts_with("environments.production.broker.namespace"),
+            "{bad}"
+        );
+    }
+    let problems = with("topics_file = \"/nonexistent/topics.toml\"");
+    assert!(problems[0].starts_with("environments.production.broker.topics_file"), "{problems:?}");
+}

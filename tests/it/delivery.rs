@@ -80,9 +80,8 @@ impl World {
             .unwrap();
         let store = Store::open(&config.payloads, &config.outbox, &config.name, Clock::System).await.unwrap();
         let keys = Arc::new(KeyRing::open(&signing).unwrap());
-        let templates = config.routes.iter().chain([&config.default_route]).map(|route| route.topic.clone()).collect();
         let broker =
-            Broker::open(&config.broker, &config.name, keys, Topics { templates }, &outbox, Clock::System).unwrap();
+            Broker::open(&config.broker, &config.name, keys, Topics::of(&config), &outbox, Clock::System).unwrap();
         Self { config, outbox, store, broker, finals: Arc::default(), dir }
     }
 

@@ -93,7 +93,7 @@ impl Pulsar {
         let fail = |cause: String| Error::Unavailable { doing: "open the broker", cause: cause.into() };
         let auth = Auth::new(&config.auth, config.ca_file.as_deref(), config.operation_timeout.0).map_err(fail)?;
         let admin = Admin::new(config, auth.clone()).map_err(fail)?;
-        let topology = Topology::with(config, admin.clone(), Vec::new()).map_err(fail)?;
+        let topology = Topology::with(config, admin.clone(), &topics, Vec::new()).map_err(fail)?;
         let link = Arc::new(Link::new(config, auth, admin.clone(), clock.clone()).map_err(fail)?);
         let shared = Arc::new(Shared {
             config: config.clone(),
@@ -285,7 +285,7 @@ impl Pulsar {
             sum.retained += entries.saturating_sub(backlog);
         }
         let mut templates: BTreeMap<&str, (u64, u64)> =
-            shared.topics.templates.iter().map(|template| (template.as_str(), (0, 0))).collect();
+            shared.topics.all().map(|template| (template, (0, 0))).collect();
         for figure in topics.values() {
             let Ok(topic) = Topic::try_new(&figure.topic) else { continue };
             for (template, sum) in &mut templates {
