@@ -114,6 +114,13 @@ impl KeyRing {
         &self.active
     }
 
+    /// The `kid`s of all keys that verify, sorted.
+    pub fn ids(&self) -> Vec<&str> {
+        let mut ids: Vec<_> = self.keys.keys().map(String::as_str).collect();
+        ids.sort_unstable();
+        ids
+    }
+
     /// A compact JWS (RFC 7515) with `alg`, `kid`, `typ: "JWT"`.
     pub fn sign(&self, claims: &Claims) -> String {
         let key = &self.keys[&self.active];
