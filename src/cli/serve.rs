@@ -10,6 +10,9 @@ use crate::app::App;
 use crate::config::{Config, Overrides};
 use crate::observe::logs::{self, Logs};
 
+/// Shells, `timeout` and their like signal a process and then its group: what comes so soon is the same wish.
+const SECOND_AFTER: std::time::Duration = std::time::Duration::from_secs(1);
+
 pub fn run(global: &Global) -> Outcome {
     let config = load(global)?;
     let logs = logs::init(&config.log)?;
@@ -57,17 +60,24 @@ async fn serve(config: Config, overrides: Overrides, logs: Logs) -> Outcome {
             }
         }
     };
+    let first = std::time::Instant::now();
+    let second = async {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if first.elapsed() >= SECOND_AFTER {
+                return;
+            }
+        }
+    };
     tokio::select! {
         () = app.stop() => Ok(()),
-        _ = terminate.recv() => Err(second()),
-        _ = interrupt.recv() => Err(second()),
+        () = second => Err(Failure::from(
+            "ended by a second signal, without waiting for work under way; what was accepted goes on after the next start",
+        )),
     }
-}
-
-fn second() -> Failure {
-    Failure::from(
-        "ended by a second signal, without waiting for work under way; what was accepted goes on after the next start",
-    )
 }
 
 /// Connections want descriptors: the soft limit of a login shell (1,024) is far below what we are allowed.

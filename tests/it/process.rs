@@ -293,7 +293,11 @@ async fn a_stop_takes_publishes_while_deliveries_finish_and_a_second_signal_ends
     receiver.wait_for(3, SOON).await;
     appliance.signal(nix::sys::signal::Signal::SIGTERM);
     appliance.wait_logs("stopping: no new deliveries", 2, SOON).await;
-    appliance.signal(nix::sys::signal::Signal::SIGTERM);
+    // One that comes within a second is taken for the first one's echo.
+    while appliance.runs() {
+        appliance.signal(nix::sys::signal::Signal::SIGTERM);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     assert!(!appliance.ended().await);
     assert!(appliance.log().contains("a second signal"), "{}", appliance.log());
     appliance.launch().await;

@@ -119,6 +119,11 @@ impl Appliance {
         }
     }
 
+    /// Whether the process has not ended yet.
+    pub fn runs(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
     /// kill -9.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
