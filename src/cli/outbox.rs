@@ -126,12 +126,22 @@ async fn live(global: &Global, client: &Client, command: Command) -> Outcome {
 }
 
 async fn offline(global: &Global, client: &Client, command: Command) -> Outcome {
-    let environment = environment(&client.config, global)?;
+    let config = client.config.as_ref().map_err(|problems| Failure::Config(problems.clone()))?;
+    let environment = environment(config, global)?;
     let settings = &environment.outbox;
+    if !matches!(command, Command::Drain { .. }) {
+        ours(&settings.dir, matches!(command, Command::Import { .. }))?;
+    }
     match command {
         Command::Verify => {
             let report = tools::verify(settings).map_err(|e| e.to_string())?;
-            output::json(&report)?;
+            if global.json {
+                output::json(&report)?;
+            } else {
+                let value = serde_json::to_value(&report).map_err(|e| e.to_string())?;
+                let rows = value.as_object().into_iter().flatten().filter(|(_, v)| !v.is_null());
+                output::table(&["figure", "value"], rows.map(|(k, v)| vec![k.clone(), cell(v)]))?;
+            }
             if report.is_sound() { Ok(()) } else { Err(Failure::Attention) }
         }
         Command::Drain { .. } => {
@@ -147,11 +157,40 @@ async fn offline(global: &Global, client: &Client, command: Command) -> Outcome 
     }
 }
 
+/// Looking into a folder must not make one, and must not leave files there that the service may not open.
+fn ours(dir: &std::path::Path, may_make: bool) -> Outcome {
+    use std::os::unix::fs::MetadataExt;
+    // The folder, or what is there of the way to it.
+    let there = dir.ancestors().find_map(|d| std::fs::metadata(d).ok().map(|m| (d, m)));
+    match there {
+        Some((found, _)) if found != dir && !may_make => Err(Failure::Message(format!(
+            "no appliance answers, and there is no outbox in {}; is --state-dir (or --config) the right one?",
+            dir.display()
+        ))),
+        Some((found, meta)) if meta.uid() != nix::unistd::geteuid().as_raw() && found == dir => {
+            let owner = nix::unistd::User::from_uid(meta.uid().into()).ok().flatten();
+            let owner = owner.map_or_else(|| meta.uid().to_string(), |user| user.name);
+            Err(Failure::Message(format!(
+                "{} belongs to {owner}, and what is opened here is written to: run this as that user (`sudo -u {owner} dealscale outbox …`)",
+                dir.display()
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
 async fn alone(global: &Global, outbox: &crate::outbox::Outbox, command: Command) -> Outcome {
     use crate::outbox::{Append, Sequence};
     let failed = |e: crate::outbox::Error| Failure::Message(e.to_string());
     match command {
-        Command::Status => status(global, &serde_json::to_value(outbox.status()).map_err(|e| e.to_string())?),
+        Command::Status => {
+            let mut figures = serde_json::to_value(outbox.status()).map_err(|e| e.to_string())?;
+            // Limits are the running appliance's.
+            for key in ["bytes_max", "count_max", "disk_free"] {
+                figures[key] = Value::Null;
+            }
+            status(global, &figures)
+        }
         Command::Ls { tenant, poisoned, after, limit } => {
             let found = outbox.list(tenant, poisoned, after.map(Sequence), limit).await.map_err(failed)?;
             let views: Result<Vec<_>, _> =

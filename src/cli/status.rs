@@ -7,7 +7,7 @@ use super::output::cell;
 use super::{Failure, Global, Outcome, output};
 
 pub async fn run(global: &Global) -> Outcome {
-    let client = Client::new(global)?;
+    let client = Client::for_all(global)?;
     let status = client.get("/admin/status").await?;
     let ok = status["level"] == "ok";
     if global.json {
@@ -41,7 +41,12 @@ fn flat(path: &str, value: &Value) -> Vec<Vec<String>> {
 }
 
 pub async fn reload(global: &Global) -> Outcome {
-    let applied = Client::new(global)?.post("/admin/reload", None).await?;
+    let client = Client::for_all(global)?;
+    let answer = client.send(reqwest::Method::POST, "/admin/reload", None).await?;
+    if answer.status == reqwest::StatusCode::UNPROCESSABLE_ENTITY {
+        return Err(Failure::Refused(format!("{}: {}", cell(&answer.body["title"]), cell(&answer.body["detail"]))));
+    }
+    let applied = client.understood(answer)?;
     if global.json {
         return output::json(&applied);
     }

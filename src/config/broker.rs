@@ -58,9 +58,12 @@ impl Broker {
         let client_id = s.parse_opt::<String>("oauth2_client_id");
         let client_secret = s.secret("oauth2_client_secret");
         let scope = s.parse_opt::<String>("oauth2_scope");
-        let ca_file = s.parse_opt::<String>("ca_file").map(PathBuf::from);
+        let ca_file = s.file("ca_file");
         let operation_timeout = s.span("operation_timeout", Span::secs(5), Span::millis(100)..=Span::secs(60));
         let topics_file = s.parse_opt::<String>("topics_file").map(PathBuf::from);
+        if let Err(problems) = super::topics::TopicsFile::read(topics_file.as_deref()) {
+            s.problems("topics_file", problems);
+        }
         let create_topics = s.flag("create_topics", true);
         let receive_queue = s.count("receive_queue", 1_000, 1..=100_000);
         if !pulsar {

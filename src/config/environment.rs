@@ -1,8 +1,10 @@
 //! `[environments.NAME]`: everything that one environment owns.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use super::payloads::PayloadStore;
 use super::routes::{ConsumerKind, Pattern};
 use super::{Broker, Delivery, N8n, Outbox, Payloads, Route, Section};
 use crate::ids::{Environment, TENANT, Tenant, Topic, tenant_in};
@@ -34,6 +36,26 @@ pub struct TenantConfig {
     pub publish_rate_max: u64,
 }
 
+/// Two environments never work on one folder, database or namespace: each would take the other's work for its own, or refuse it.
+pub(super) fn nothing_is_shared(environments: &BTreeMap<Environment, EnvironmentConfig>, top: &mut Section<'_>) {
+    let mut seen: BTreeMap<String, String> = BTreeMap::new();
+    for (name, environment) in environments {
+        let mut owned = vec![("outbox.dir", format!("folder {}", environment.outbox.dir.display()))];
+        owned.push(match &environment.payloads.store {
+            PayloadStore::Sqlite { file } => ("payloads.file", format!("file {}", file.display())),
+            PayloadStore::Postgres(p) => ("payloads.schema", format!("schema {} {}", p.schema, p.url.expose())),
+        });
+        if let Broker::Pulsar(p) = &environment.broker {
+            owned.push(("broker.namespace", format!("namespace {} {} {}", p.service_url, p.tenant, p.namespace)));
+        }
+        for (key, what) in owned {
+            if let Some(other) = seen.insert(what, name.to_string()) {
+                top.problem(&format!("environments.{name}.{key}"), format!("is also that of environment {other}"));
+            }
+        }
+    }
+}
+
 impl EnvironmentConfig {
     pub(super) fn check(name: &str, s: &mut Section<'_>, state_dir: &Path, bare: bool) -> Option<Self> {
         let dir = PathBuf::from(s.parse("dir", state_dir.join(name).display().to_string()));
@@ -56,6 +78,9 @@ impl EnvironmentConfig {
             tenants.push(TenantConfig { pattern, weight: 1, outbox_bytes_max: Bytes::gib(4), publish_rate_max: 0 });
         }
         let webhook = s.parse("webhook", Route::DEFAULT_WEBHOOK.to_owned());
+        if !webhook.starts_with('/') && !super::n8n::is_http_url(&webhook) {
+            s.problem("webhook", "expected a path such as \"/webhook/orders\" or a whole URL");
+        }
         let routes = s.tables("routes", |_, s| Route::check(s, None, &webhook));
         for (n, route) in routes.iter().enumerate() {
             if routes[..n].iter().any(|r| r.name == route.name) {

@@ -234,7 +234,11 @@ impl Route {
         if crate::ids::Topic::try_new(&shown).is_err() {
             s.problem("topic", "must match [a-z0-9][a-z0-9._-]{0,199}, with {tenant} for the tenant's name");
         }
-        if !route.webhook.starts_with('/') && !super::n8n::is_http_url(&route.webhook) {
+        // The environment's own was checked there.
+        if route.webhook != default_webhook
+            && !route.webhook.starts_with('/')
+            && !super::n8n::is_http_url(&route.webhook)
+        {
             s.problem("webhook", "expected a path such as \"/webhook/orders\" or a whole URL");
         }
         if class == Class::Short && route.consumer == ConsumerKind::External {

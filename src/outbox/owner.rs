@@ -269,7 +269,6 @@ impl Owner {
     fn publish(&self, engine: &mut Engine, disk_free: Bytes) {
         let mut status = engine.snapshot();
         status.disk_free = disk_free.0;
-        events::gauges(&status);
         *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
     }
 

@@ -10,6 +10,7 @@ mod conformance;
 mod fuzz;
 mod n8n;
 mod oidc;
+mod otlp;
 mod postgres;
 mod powercut;
 mod pulsar;

@@ -13,7 +13,7 @@ export PATH="$HOME/.cargo/bin:$PATH"
 
 WANTED=("$@")
 SERVERS=()
-for server in postgres pulsar oidc n8n; do
+for server in postgres pulsar oidc otlp n8n; do
   [ -x "tests/real/servers/$server.sh" ] || continue
   # Where only some modules are asked for, a server that none of them is named after stays off. Pulsar's modules log in by
   # OAuth2 and share a PostgreSQL.
@@ -45,7 +45,7 @@ trap 'exit 143' TERM
 say "packages"
 tests/real/servers/packages.sh build test
 for server in ${SERVERS[@]+"${SERVERS[@]}"}; do
-  case $server in n8n | postgres | pulsar) tests/real/servers/packages.sh "$server" ;; oidc) tests/real/servers/packages.sh n8n ;; esac
+  case $server in n8n | postgres | pulsar | otlp) tests/real/servers/packages.sh "$server" ;; oidc) tests/real/servers/packages.sh n8n ;; esac
   "tests/real/servers/$server.sh" install
 done
 say "building"

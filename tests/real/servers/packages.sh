@@ -1,7 +1,7 @@
 #!/bin/bash
 # What the build and the tests need of the system, installed only where it is missing.
 #
-#   packages.sh [GROUP...]     groups: build test n8n postgres pulsar lint   (default: build test)
+#   packages.sh [GROUP...]     groups: build test n8n postgres pulsar otlp lint   (default: build test)
 #
 # Debian 12 or 13 with apt-get, root or sudo. The Rust toolchain comes from rustup when `cargo` is missing.
 set -euo pipefail
@@ -16,6 +16,7 @@ declare -A PACKAGES=(
   [n8n]="ca-certificates curl python3 g++ make procps"   # the compiler builds n8n's SQLite driver
   [postgres]="postgresql-15"
   [pulsar]="curl openssl maven openjdk-17-jre-headless python3-venv"
+  [otlp]="curl python3 python3-venv"
   [lint]="python3 python3-venv"
 )
 
