@@ -19,6 +19,7 @@
 mod auth;
 mod call;
 pub mod executions;
+mod sign;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,6 +28,7 @@ use bytes::Bytes as Body;
 
 pub use auth::authorize;
 pub use executions::Lookup;
+pub use sign::Signer;
 
 use crate::clock::Timestamp;
 use crate::config;
