@@ -270,6 +270,37 @@ mod tests {
         assert!(url("/webhook/{workflow}", Some("..")).is_err());
     }
 
+    /// A workflow's name is the caller's text: whatever it contains, it stays one segment of the path on the route's server.
+    #[test]
+    fn hostile_names_stay_one_segment() {
+        let n8n = N8n::new(&config("http://127.0.0.1:5678")).unwrap();
+        for template in
+            ["/webhook/{workflow}", "https://other.example/webhook/{workflow}", "/webhook/{workflow}?a={workflow}"]
+        {
+            for name in [
+                "../rest",
+                "%2e%2e",
+                "%2E./x",
+                "..\\..\\rest",
+                "x?y=1",
+                "x#y",
+                "@evil.example",
+                "//evil.example",
+                "a\r\nX: 1",
+                "\t",
+                "…",
+                "{tenant}",
+            ] {
+                let url = n8n.webhook_url(template, Some(name), "acme").unwrap();
+                assert!(matches!(url.host_str(), Some("127.0.0.1" | "other.example")), "{url}");
+                assert_eq!((url.username(), url.fragment()), ("", None), "{url}");
+                let segments: Vec<_> = url.path_segments().unwrap().collect();
+                assert_eq!((segments.len(), segments[0]), (2, "webhook"), "{url}");
+                assert_eq!(url.query().is_some(), template.contains('?'), "{url}");
+            }
+        }
+    }
+
     #[test]
     fn captured_paths_keep_their_form() {
         let n8n = N8n::new(&config("http://127.0.0.1:5678/n8n/")).unwrap();
