@@ -58,7 +58,7 @@ pub enum CallError {
     Reset(String),
 }
 
-/// A complete answer; `body` is cut at 64 KiB.
+/// An answer; `body` is cut at 64 KiB, and where it broke off.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: http::StatusCode,
