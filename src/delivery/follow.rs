@@ -49,6 +49,8 @@ pub(super) struct Followed {
     /// Kept while the event holds its ordering key.
     pub message: Option<(Meta, Received)>,
     pub permit: OwnedSemaphorePermit,
+    /// The execution was found: its id is not only what an answer claimed.
+    pub found: bool,
     /// Since when the execution is not found.
     pub missing_since: Option<Instant>,
 }
@@ -132,7 +134,7 @@ pub(super) async fn follow_loop(ctx: Arc<Ctx>, mut incoming: mpsc::Receiver<Foll
 fn lookup(followed: &Followed) -> Lookup {
     Lookup {
         id: followed.attempt.n8n_execution_id.clone(),
-        traceparent: followed.attempt.traceparent.clone(),
+        traceparent: followed.attempt.traceparent.clone().filter(|_| !followed.found),
         not_before: followed.attempt.started_at,
     }
 }
@@ -147,7 +149,7 @@ async fn looked(ctx: &Ctx, following: Vec<Followed>, found: Vec<Option<Execution
         }
         let ended = match execution {
             Some(Execution { id, run, .. }) => {
-                followed.missing_since = None;
+                (followed.missing_since, followed.found) = (None, true);
                 followed.attempt.n8n_execution_id = Some(id);
                 end(run, &followed.route, followed.row.attempts, followed.row.crashes)
             }

@@ -499,7 +499,7 @@ async fn answered(ctx: &Ctx, slot: &mut Slot, granted: Granted, attempt: Attempt
         ctx.ack(message).await;
         None
     };
-    let followed = Followed { key, row, token, route, attempt, message, permit, missing_since: None };
+    let followed = Followed { key, row, token, route, attempt, message, permit, found: false, missing_since: None };
     working.kept = true;
     if ctx.to_follower.send(followed).await.is_err() {
         working.kept = false;

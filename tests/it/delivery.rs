@@ -692,6 +692,24 @@ async fn an_execution_is_followed_to_its_end() {
     world.empty().await;
 }
 
+/// A workflow that answers with what it got from somewhere else.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_names_somebody_elses_execution_is_not_believed() {
+    let receiver = Receiver::start().await;
+    let (world, executions) = followed(&receiver, "").await;
+    let _process = world.start();
+    let first = world.publish("acme", 1, |_| {}).await;
+    let seen = wait_calls(&receiver, 1).await;
+    let others = executions.run(&seen[0], "success");
+    world.until(&first, State::Succeeded).await;
+    receiver.default_reply(Reply::status(200).body(&format!(r#"{{"executionId":"{others}"}}"#)));
+    let second = world.publish("globex", 2, |_| {}).await;
+    let seen = wait_calls(&receiver, 2).await;
+    let own = executions.run(&seen[1], "error");
+    let row = world.until(&second, State::Failed).await;
+    assert_eq!(row.n8n_execution_id, Some(own.to_string()));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crashed_execution_is_delivered_again_up_to_its_limit() {
     let receiver = Receiver::start().await;
