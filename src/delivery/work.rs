@@ -225,7 +225,7 @@ pub(super) async fn work(ctx: &Ctx, slot: &mut Slot, message: Received) -> Fate 
         }
         return later(ctx, slot, message, &key, LATER).await;
     }
-    let now = ctx.clock.now();
+    let (now, taken_at) = (ctx.clock.now(), Instant::now());
     // Not covered by the signature: a wrong one spoils a trace, nothing else.
     let parent = TraceContext::from_header(message.properties.get("traceparent").map(String::as_str), 0.0);
     let attempt = Attempt {
@@ -337,6 +337,14 @@ pub(super) async fn work(ctx: &Ctx, slot: &mut Slot, message: Received) -> Fate 
         Ok(call) => call,
         Err(text) => return dead(ctx, slot, granted, None, "config", text).await,
     };
+    // Stopped or suspended since: somebody else may have the event by now.
+    if taken_at.elapsed() >= ctx.config.delivery.claim.0 {
+        let until = ctx.clock.now().plus(ctx.config.delivery.claim.0);
+        if !ctx.settle(&key, token, Change::Renew { until }).await {
+            return lost(ctx, slot, granted.message, &key).await;
+        }
+    }
+    let trial = slot.trial.is_some();
     let begun = Instant::now();
     let outcome = ctx.n8n.call(call).await;
     let took = begun.elapsed();
@@ -359,7 +367,16 @@ pub(super) async fn work(ctx: &Ctx, slot: &mut Slot, message: Received) -> Fate 
             let (class, text) = (judged.class.unwrap_or("http_4xx"), judged.text.unwrap_or_default());
             dead(ctx, slot, granted, Some(attempt), class, text).await
         }
-        Verdict::Retry { after } => retry(ctx, slot, granted, attempt, after, &judged_error(&judged)).await,
+        // The one event that went first to a server that is still down has spent no attempt: nobody has seen it.
+        Verdict::Retry { .. } if trial && judged.class == Some("connect") => {
+            ctx.settle(&key, token, Change::Release).await;
+            later(ctx, slot, granted.message, &key, ctx.config.delivery.breaker_open.0).await
+        }
+        Verdict::Retry { after } => {
+            // Neither is it the end of one that was answered "down" or "less": it was sent to find out.
+            let may_end = !(trial && judged.healthy == Some(false));
+            retry(ctx, slot, granted, attempt, after, may_end, &judged_error(&judged)).await
+        }
     }
 }
 
@@ -507,18 +524,19 @@ async fn answered(ctx: &Ctx, slot: &mut Slot, granted: Granted, attempt: Attempt
     Fate::Followed
 }
 
-/// Again by the schedule, or dead when the schedule is at its end.
+/// Again by the schedule, or dead when the schedule is at its end and this may be the last attempt.
 async fn retry(
     ctx: &Ctx,
     slot: &Slot,
     granted: Granted,
     attempt: Attempt,
     after: Option<Duration>,
+    may_end: bool,
     error: &(&'static str, String),
 ) -> Fate {
     let (class, text) = error;
     let number = u64::from(attempt.number);
-    if number >= granted.route.retry.attempts_max {
+    if may_end && number >= granted.route.retry.attempts_max {
         let text = format!("{text} (attempt {number} of {})", granted.route.retry.attempts_max);
         return dead(ctx, slot, granted, Some(attempt), class, text).await;
     }

@@ -227,7 +227,7 @@ impl Worker {
             let meta = self.meta(&message);
             let server = &self.servers[self.server_of[meta.route]];
             let behind = meta.order.as_ref().is_some_and(|key| self.scheduler.is_key_busy(key));
-            let down = !server.breaker.is_closed() && self.scheduler.waiting_for(meta.route) >= WAITING_FOR_DOWN_MAX;
+            let down = server.breaker.is_down() && self.scheduler.waiting_for(meta.route) >= WAITING_FOR_DOWN_MAX;
             if self.external[meta.route] || (behind && self.scheduler.behind() >= BEHIND_MAX) {
                 self.ctx.broker.release(message, BEHIND_AGAIN).await;
             } else if down && !behind && self.servers.len() > 1 {
@@ -289,11 +289,15 @@ impl Worker {
                 if let Some(closed) = server.breaker.answered(std::time::Instant::now(), healthy, trial) {
                     events::Breaker { server: &server.name, open: !closed }.emit();
                 }
+                self.probe();
             }
             Input::Fate { meta, fate } => self.fate(meta, *fate),
             Input::FollowFreed => {}
             Input::Probed { server, there } => {
-                self.servers[server].breaker.probed(std::time::Instant::now(), there);
+                let server = &mut self.servers[server];
+                if server.breaker.probed(std::time::Instant::now(), there) {
+                    events::Breaker { server: &server.name, open: true }.emit();
+                }
             }
             Input::Revived(keys) => {
                 for key in keys {
@@ -356,9 +360,9 @@ impl Worker {
         }
     }
 
-    fn tick(&mut self) {
+    /// Looks after servers whose time it is.
+    fn probe(&mut self) {
         let now = std::time::Instant::now();
-        while self.chores.try_join_next().is_some() {}
         for (server, at) in self.servers.iter_mut().zip(0..) {
             if server.breaker.probe(now) {
                 let (n8n, url, to_worker) = (self.ctx.n8n.clone(), server.url.clone(), self.ctx.to_worker.clone());
@@ -367,6 +371,21 @@ impl Worker {
                     let _ = to_worker.send(Input::Probed { server: at, there }).await;
                 });
             }
+        }
+    }
+
+    fn tick(&mut self) {
+        while self.chores.try_join_next().is_some() {}
+        self.probe();
+        // A room that empties quickly lets others in by itself.
+        if std::mem::take(&mut self.picked) < THIN_OUT / 4 && self.scheduler.waiting() >= WAITING_MAX {
+            let out = self.scheduler.thin_out(THIN_OUT);
+            let broker = self.ctx.broker.clone();
+            self.chores.spawn(async move {
+                for message in out {
+                    broker.release(message, THIN_OUT_AGAIN).await;
+                }
+            });
         }
         let (waiting, behind, working) = (self.scheduler.waiting(), self.scheduler.behind(), self.tasks.len());
         let following = self.ctx.config.delivery.follow_max as usize - self.ctx.follow_slots.available_permits();
@@ -380,7 +399,7 @@ impl Worker {
             working,
             following,
             keys_held: self.dead.len(),
-            breakers_open: self.servers.iter().filter(|s| !s.breaker.is_closed()).map(|s| s.name.clone()).collect(),
+            breakers_open: self.servers.iter().filter(|s| s.breaker.is_down()).map(|s| s.name.clone()).collect(),
             last_error: self.last_error.clone(),
         };
     }

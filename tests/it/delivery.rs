@@ -216,6 +216,21 @@ impl Process {
         }
     }
 
+    /// As SIGSTOP: no task of it runs until then. Answers what turns true when it is over.
+    fn stop_for(&self, time: Duration) -> Arc<std::sync::atomic::AtomicBool> {
+        let awake: Arc<std::sync::atomic::AtomicBool> = Arc::default();
+        let both = Arc::new(std::sync::Barrier::new(2));
+        for _ in 0..2 {
+            let (awake, both) = (awake.clone(), both.clone());
+            self.runtime.as_ref().unwrap().spawn(async move {
+                both.wait();
+                std::thread::sleep(time);
+                awake.store(true, std::sync::atomic::Ordering::Release);
+            });
+        }
+        awake
+    }
+
     async fn drain(mut self) -> bool {
         let drained = self.supervisor.drain(Duration::from_secs(5)).await;
         self.runtime.take().unwrap().shutdown_background();
@@ -390,6 +405,78 @@ async fn a_dead_n8n_burns_few_attempts_and_its_return_delivers_all() {
     assert_eq!(calls(&receiver).len(), 40);
     world.empty().await;
     process.wait_for(|status| status.breakers_open.is_empty()).await;
+}
+
+/// As an n8n whose process is stopped: connections are accepted by the kernel, and nothing answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_n8n_that_hangs_burns_few_attempts() {
+    let hung = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = hung.local_addr().unwrap();
+    let extra = "[environments.test.default_route]\ntimeout = \"100ms\"\nretry.attempts_max = 4\n";
+    let config = QUICK
+        .replace("breaker_open", "breaker_failures = 2\nbreaker_open")
+        .replace("[environments.test.default_route.retry]\nmin = \"20ms\"\nmax = \"100ms\"\n", extra);
+    let world =
+        World::at(&format!("http://{addr}"), &format!("{config}retry.min = \"20ms\"\n"), |_| String::new()).await;
+    let mut keys = Vec::new();
+    for n in 0..30 {
+        keys.push(world.publish("acme", n, |_| {}).await);
+    }
+    let process = world.start();
+    process.wait_for(|status| !status.breakers_open.is_empty()).await;
+    drop(hung);
+    let _receiver = Receiver::start_on(addr).await;
+    for key in &keys {
+        world.until(key, State::Delivered).await;
+    }
+}
+
+/// A server that takes connections and answers "down", such as a proxy before a dead n8n, is not known to be down by a probe.
+#[tokio::test(flavor = "multi_thread")]
+async fn trials_of_a_server_that_is_still_down_end_no_event() {
+    let receiver = Receiver::start().await;
+    receiver.script((0..25).map(|n| Reply::status(if n % 2 == 0 { 503 } else { 502 })));
+    let extra = format!(
+        "[environments.test.default_route]\nwebhook = {:?}\nconcurrency = 1\nretry.attempts_max = 2\n\
+         retry.min = \"10ms\"\nretry.max = \"20ms\"\n",
+        receiver.url("/hook")
+    );
+    let config = QUICK.split("[environments.test.default_route.retry]").next().unwrap();
+    let config = config.replace("breaker_open = \"200ms\"", "breaker_failures = 1\nbreaker_open = \"50ms\"");
+    let world = World::at("http://127.0.0.1:1", &format!("{config}{extra}"), |_| String::new()).await;
+    let mut keys = Vec::new();
+    for n in 0..5 {
+        keys.push(world.publish("acme", n, |_| {}).await);
+    }
+    let _process = world.start();
+    for key in &keys {
+        world.until(key, State::Delivered).await;
+    }
+    assert_eq!(calls(&receiver).len(), 30);
+}
+
+/// The process sleeps longer than its claim while its call is under way, and another one takes the event over.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_slept_longer_than_the_claim_ends_nothing() {
+    let receiver = Receiver::start().await;
+    receiver.script([Reply::status(410).after(Duration::from_millis(500))]);
+    let world = World::new(&receiver, &QUICK.replace("claim = \"1s\"", "claim = \"1s\"\nsweep_after = \"1s\"")).await;
+    let sleeper = world.start();
+    let key = world.publish("acme", 1, |_| {}).await;
+    wait_calls(&receiver, 1).await;
+    let awake = sleeper.stop_for(Duration::from_secs(6));
+    let _other = world.start();
+    world.until(&key, State::Delivered).await;
+    assert!(!awake.load(std::sync::atomic::Ordering::Acquire), "it slept too short for this test");
+    while !awake.load(std::sync::atomic::Ordering::Acquire) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // It learns of its answer only now: gone, and so a dead letter. It is not asked any more.
+    assert!(sleeper.drain().await);
+    let row = world.row(&key).await.unwrap();
+    assert_eq!((row.state, row.claim), (State::Delivered, None));
+    assert_eq!(*world.finals.lock().unwrap(), [(key, State::Delivered)]);
+    assert_eq!(calls(&receiver).len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
