@@ -23,6 +23,10 @@ use crate::references;
 
 /// Messages that wait for a slot. Enough for turns among tenants, small enough to hand over quickly at the end.
 const WAITING_MAX: usize = 1_024;
+/// Taken back out of a full room at once, and for how long: the room must not be held by one tenant whose events cannot be taken
+/// up as fast as they come (its route is slow, or so much is followed already), while others' stand behind it in the broker.
+const THIN_OUT: usize = WAITING_MAX / 16;
+const THIN_OUT_AGAIN: Duration = Duration::from_secs(5);
 /// Of one server that is down: beyond it its messages go back to the broker, so that they do not fill the room of others.
 const WAITING_FOR_DOWN_MAX: usize = WAITING_MAX / 4;
 /// Messages that wait behind another one of their ordering key (a reference is about a kilobyte). Beyond it they go back to
@@ -107,6 +111,8 @@ struct Worker {
     tasks: JoinSet<(Slot, Fate)>,
     /// Probes and polls, which answer by [`Input`].
     chores: JoinSet<()>,
+    /// Events that were taken up since the last tick.
+    picked: usize,
     timed: BinaryHeap<Reverse<(Instant, u64)>>,
     timed_items: HashMap<u64, (Meta, Received)>,
     next: u64,
@@ -190,6 +196,7 @@ impl Worker {
             external: routes.iter().map(|route| route.consumer == ConsumerKind::External).collect(),
             tasks: JoinSet::new(),
             chores: JoinSet::new(),
+            picked: 0,
             timed: BinaryHeap::new(),
             timed_items: HashMap::new(),
             next: 0,
@@ -263,6 +270,7 @@ impl Worker {
             let allows =
                 |route: RouteIndex| servers[server_of[route]].breaker.allows() && (room_to_follow || !follows[route]);
             let Some((meta, message)) = self.scheduler.pick(allows) else { break };
+            self.picked += 1;
             let trial = self.servers[self.server_of[meta.route]].breaker.taken();
             let follow =
                 if self.follows[meta.route] { self.ctx.follow_slots.clone().try_acquire_owned().ok() } else { None };

@@ -617,6 +617,27 @@ async fn one_tenants_backlog_does_not_delay_another() {
     assert!(done < 150, "{done} calls were made before five of a quiet tenant");
 }
 
+/// More of one tenant than there is room for, on a route that takes none of it up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_whose_route_is_stuck_does_not_fill_the_room_of_another() {
+    let receiver = Receiver::start().await;
+    receiver.default_reply(Reply::status(200));
+    let stuck = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let route = format!(
+        "[[environments.test.routes]]\nname = \"stuck\"\nconcurrency = 1\ntimeout = \"1h\"\nwebhook = \"http://{}/\"\n",
+        stuck.local_addr().unwrap()
+    );
+    let world = World::new(&receiver, &format!("{QUICK}{route}")).await;
+    let process = world.start();
+    let noisy = |n| world.publish("noisy", n, |envelope| envelope.route = "stuck".into());
+    futures_util::future::join_all((0..1_500).map(noisy)).await;
+    process.wait_for(|status| status.waiting >= 768).await;
+    for n in 0..5 {
+        let quiet = world.publish("quiet", n, |_| {}).await;
+        world.until(&quiet, State::Delivered).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_delayed_event_arrives_at_its_time() {
     let receiver = Receiver::start().await;
