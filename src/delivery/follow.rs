@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 use super::scheduler::Meta;
 use super::verdict;
-use super::work::{Ctx, Fate};
+use super::work::{Ctx, Fate, letter, letter_anew};
 use super::worker::Input;
 use crate::broker::Received;
 use crate::config::Route;
@@ -189,12 +189,20 @@ async fn finish(ctx: &Ctx, followed: Followed, end: End) {
                 n8n_execution_id: attempt.n8n_execution_id.clone(),
                 attempt: Some(attempt),
                 state,
-                error_class: class,
+                error_class: class.clone(),
                 error: text.clone(),
             };
             let applied = ctx.settle(&key, token, change).await;
             if applied {
                 ctx.ended(&key, &row, state, text.as_deref());
+            }
+            if applied && state == State::Dead {
+                let reason =
+                    format!("{}: {}", class.as_deref().unwrap_or("error"), text.as_deref().unwrap_or_default());
+                match &message {
+                    Some((_, message)) => drop(letter(ctx, message, &reason).await),
+                    None => letter_anew(ctx, &row, &reason).await,
+                }
             }
             match message {
                 Some((meta, message)) if state == State::Dead && applied && route.on_dead == OnDead::Hold => {

@@ -26,6 +26,7 @@ use crate::n8n::{self, Execution, Lookup, N8n, Signer};
 use crate::observe::delivery as events;
 use crate::observe::trace::{self, TraceContext};
 use crate::payloads::{self, Attempt, Change, ClaimRequest, Claimed, Row, Store, Take, Taken, Transition};
+use crate::references;
 
 /// Tries to put a dead letter into the broker's topic, which is for people: the ledger has it already.
 const DEAD_LETTER_TRIES: u32 = 3;
@@ -588,9 +589,19 @@ async fn dead(ctx: &Ctx, slot: &Slot, granted: Granted, attempt: Option<Attempt>
 }
 
 /// Into the broker's dead-letter topic. `false`: it would not go.
-async fn letter(ctx: &Ctx, message: &Received, reason: &str) -> bool {
+pub(super) async fn letter(ctx: &Ctx, message: &Received, reason: &str) -> bool {
+    repeat(|| ctx.broker.dead_letter(&message.topic, &message.raw, message.dead_letter_properties(), reason)).await
+}
+
+/// The same for an event that was followed, whose message is gone.
+pub(super) async fn letter_anew(ctx: &Ctx, row: &Row, reason: &str) {
+    let out = references::outgoing(&ctx.config, &row.envelope, ctx.clock.now());
+    repeat(|| ctx.broker.dead_letter_anew(out.clone(), reason)).await;
+}
+
+async fn repeat<F: Future<Output = Result<(), broker::Error>>>(send: impl Fn() -> F) -> bool {
     for n in 1..=DEAD_LETTER_TRIES {
-        match ctx.broker.dead_letter(&message.topic, &message.raw, message.dead_letter_properties(), reason).await {
+        match send().await {
             Ok(()) => return true,
             Err(error) => {
                 events::Waiting { what: "broker", error: &error.to_string() }.emit();
@@ -624,7 +635,7 @@ async fn reject(ctx: &Ctx, slot: &Slot, message: Received, kind: &'static str, r
 
 /// A message of an event that is final.
 async fn already(ctx: &Ctx, slot: &Slot, message: Received, key: Key, state: State) -> Fate {
-    let route = message.properties.get(crate::references::ROUTE).map_or("", String::as_str);
+    let route = message.properties.get(references::ROUTE).map_or("", String::as_str);
     if state == State::Dead && slot.ordered() && ctx.config.route(route).on_dead == OnDead::Hold {
         // After a restart: the dead letter still holds its key.
         return Fate::Dead { message, key };

@@ -161,6 +161,20 @@ impl World {
         self.store.get(key, true).await.unwrap()
     }
 
+    /// Waits for dead letters in the broker.
+    async fn letters(&self, n: u64) {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let backlog = self.broker.backlog().await.unwrap();
+            let waiting: u64 = backlog.iter().filter(|b| b.topic.contains("deadletter")).map(|b| b.waiting).sum();
+            if waiting == n {
+                return;
+            }
+            assert!(Instant::now() < end, "{backlog:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Waits for a state and answers the row with its attempts.
     async fn until(&self, key: &Key, state: State) -> Row {
         let end = Instant::now() + LIMIT;
@@ -831,6 +845,7 @@ async fn a_crashed_execution_is_delivered_again_up_to_its_limit() {
     }
     let row = world.until(&key, State::Dead).await;
     assert_eq!((row.attempts, row.crashes), (3, 2));
+    world.letters(1).await;
     assert!(calls(&receiver).iter().all(|s| s.header("webhook-id") == key.execution_id.to_string()));
 }
 
