@@ -28,7 +28,8 @@ use crate::config;
 use crate::postgres::{self, Pool};
 use crate::units::Span;
 
-/// What to look for. With an id the id decides, otherwise the traceparent.
+/// What to look for. An id alone decides. With both the id is what an answer claimed: it counts only when that execution was
+/// not started by something else, and otherwise the traceparent is looked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lookup {
     pub id: Option<String>,
@@ -64,10 +65,23 @@ struct Found {
 }
 
 impl Found {
-    fn execution(self) -> Execution {
+    fn execution(&self) -> Execution {
         let run = run(&self.status, self.id);
         Execution { id: self.id.to_string(), run, started_at: self.started_at }
     }
+}
+
+/// The execution that the look-up names, if it can be the one. An answer is the workflow's own text: it may name an execution
+/// of somebody else, or an id of another system.
+fn by_claim<'a>(found: &'a HashMap<i64, Found>, lookup: &Lookup) -> Option<&'a Found> {
+    let found = found.get(&lookup.id.as_ref()?.parse().ok()?)?;
+    let fits = match (&lookup.traceparent, &found.traceparent) {
+        (None, _) => true,
+        (Some(ours), Some(its)) => ours == its,
+        // An older n8n, which does not keep it.
+        (Some(_), None) => found.created_at.is_none_or(|at| at >= lookup.not_before.minus(CLOCK_SLACK)),
+    };
+    fits.then_some(found)
 }
 
 fn run(status: &str, id: i64) -> Run {
@@ -107,14 +121,6 @@ impl Source {
 
     pub(super) async fn look(&self, lookups: &[Lookup]) -> Result<Vec<Option<Execution>>, Error> {
         let ids: Vec<i64> = lookups.iter().filter_map(|l| l.id.as_ref()?.parse().ok()).collect();
-        let traces: HashSet<&str> =
-            lookups.iter().filter(|l| l.id.is_none()).filter_map(|l| l.traceparent.as_deref()).collect();
-        let not_before = lookups
-            .iter()
-            .filter(|l| l.id.is_none())
-            .map(|l| l.not_before.minus(CLOCK_SLACK))
-            .min()
-            .unwrap_or_default();
         let work = async {
             let mut by_id: HashMap<i64, Found> = HashMap::new();
             if !ids.is_empty() {
@@ -125,6 +131,9 @@ impl Source {
                 };
                 by_id.extend(rows.into_iter().map(|row| (row.id, row)));
             }
+            let open: Vec<&Lookup> = lookups.iter().filter(|l| by_claim(&by_id, l).is_none()).collect();
+            let traces: HashSet<&str> = open.iter().filter_map(|l| l.traceparent.as_deref()).collect();
+            let not_before = open.iter().map(|l| l.not_before.minus(CLOCK_SLACK)).min().unwrap_or_default();
             let mut by_trace: HashMap<String, Found> = HashMap::new();
             if !traces.is_empty() {
                 match self {
@@ -134,14 +143,13 @@ impl Source {
             }
             Ok((by_id, by_trace))
         };
-        let (mut by_id, mut by_trace) =
+        let (by_id, by_trace) =
             tokio::time::timeout(DEADLINE, work).await.map_err(|_| unreachable("no answer in time"))??;
         Ok(lookups
             .iter()
-            .map(|lookup| match (&lookup.id, &lookup.traceparent) {
-                (Some(id), _) => by_id.remove(&id.parse().ok()?).map(Found::execution),
-                (None, Some(trace)) => by_trace.remove(trace).map(Found::execution),
-                (None, None) => None,
+            .map(|lookup| {
+                let traced = || by_trace.get(lookup.traceparent.as_deref()?);
+                by_claim(&by_id, lookup).or_else(traced).map(Found::execution)
             })
             .collect())
     }
@@ -480,6 +488,28 @@ mod tests {
         // What is older than the attempt by more than the clocks' slack is another attempt's.
         let later = since.plus(Duration::from_secs(3600));
         assert_eq!(n8n.execution_by_traceparent(TRACE, later).await.unwrap().map(|e| e.id), None);
+    }
+
+    #[tokio::test]
+    async fn an_id_that_an_answer_claims_is_checked() {
+        const OTHER: &str = "00-0af7651916cd43dd8448eb211c80319c-00f067aa0ba902b7-01";
+        let (_dir, connection, n8n) = database();
+        insert(&connection, "success", "2026-11-24 03:00:00.000", Some(OTHER));
+        insert(&connection, "error", "2026-11-24 03:00:00.000", Some(TRACE));
+        insert(&connection, "success", "2026-11-24 02:00:00.000", None);
+        insert(&connection, "success", "2026-11-24 03:00:00.000", None);
+        let not_before: Timestamp = "2026-11-24T03:00:00Z".parse().unwrap();
+        let look = async |id: &str, trace: Option<&str>| {
+            let lookup = Lookup { id: Some(id.into()), traceparent: trace.map(str::to_owned), not_before };
+            n8n.look(&[lookup]).await.unwrap().remove(0).map(|e| e.id)
+        };
+        assert_eq!(look("2", Some(TRACE)).await.as_deref(), Some("2"));
+        // Somebody else's, one from before the attempt, one that is none: ours is found nevertheless.
+        for claimed in ["1", "3", "77", "999999999999999999"] {
+            assert_eq!(look(claimed, Some(TRACE)).await.as_deref(), Some("2"), "{claimed}");
+        }
+        assert_eq!(look("4", Some(TRACE)).await.as_deref(), Some("4"), "without a context of its own it can be ours");
+        assert_eq!(look("1", None).await.as_deref(), Some("1"));
     }
 
     #[tokio::test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -232,6 +233,7 @@ async fn a_short_route_answers_with_n8ns_own_answer_and_calls_once() {
     let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
     let config = format!(
         "[bridge]\ntoken_required = false\n[environments.production.n8n]\nurl = {:?}\n\
+         [environments.production.delivery]\nwebhook_secret = \"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\"\n\
          [[environments.production.routes]]\nname = \"short\"\nclass = \"short\"\nwhen.workflow = \"s\"\nwebhook = \"/webhook/s\"\ntimeout = \"1s\"\n\
          [[environments.production.routes]]\nname = \"fallback\"\nclass = \"short\"\nwhen.workflow = \"f\"\nfallback = \"queue\"\nwebhook = \"http://127.0.0.1:9/f\"\n\
          [[environments.production.routes]]\nname = \"refuse\"\nclass = \"short\"\nwhen.workflow = \"r\"\nwebhook = \"http://127.0.0.1:9/r\"\n",
@@ -248,6 +250,13 @@ async fn a_short_route_answers_with_n8ns_own_answer_and_calls_once() {
     let id = headers["x-dealscale-execution-id"].to_str().unwrap().to_owned();
     let event = appliance.wait_state(&id, &["failed"], SOON).await;
     assert_eq!(event["history"][0]["status"], 418, "{event}");
+    let seen = &receiver.seen()[0];
+    assert_eq!(seen.header("webhook-id"), id);
+    let key = base64::engine::general_purpose::STANDARD.decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
+    let signed = [format!("{id}.{}.", seen.header("webhook-timestamp")).as_bytes(), &seen.body].concat();
+    let tag = aws_lc_rs::hmac::sign(&aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &key), &signed);
+    let expected = format!("v1,{}", base64::engine::general_purpose::STANDARD.encode(tag));
+    assert_eq!(seen.header("webhook-signature"), expected);
     // The same call again does not reach n8n.
     assert_eq!(send(call("s").header("idempotency-key", "once")).await.0, 409);
     assert_eq!(receiver.seen().len(), 1);

@@ -168,6 +168,11 @@ impl Pulsar {
         all.into_iter().map(|result| result.unwrap_or_else(|| Err(lost()))).collect()
     }
 
+    /// The reference as it travels.
+    pub(super) fn sign(&self, claims: &super::Claims) -> Vec<u8> {
+        self.shared.keys.sign(claims).into_bytes()
+    }
+
     pub(super) async fn dead_letter(
         &self,
         topic: &Topic,
