@@ -16,7 +16,8 @@ SERVERS=()
 for server in postgres pulsar oidc n8n; do
   [ -x "tests/real/servers/$server.sh" ] || continue
   # Where only some modules are asked for, a server that none of them is named after stays off.
-  if [ ${#WANTED[@]} -eq 0 ] || printf '%s\n' "${WANTED[@]}" | grep -qx -e "$server" -e way; then SERVERS+=("$server"); fi
+  # n8n publishes as an OAuth2 service account as well.
+  if [ ${#WANTED[@]} -eq 0 ] || printf '%s\n' "${WANTED[@]}" "${WANTED[@]/#n8n/oidc}" | grep -qx -e "$server" -e way; then SERVERS+=("$server"); fi
 done
 
 if [ -n "${DEALSCALE_TEST_STATE:-}" ]; then STATE=$(realpath -m "$DEALSCALE_TEST_STATE"); KEEP=1

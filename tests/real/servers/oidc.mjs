@@ -4,7 +4,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { generateKeyPairSync, randomUUID } from 'node:crypto';
 import Provider from 'oidc-provider';
 
-const { PORT, STATE, CLIENT_SECRET, AUDIENCE, ROTATE } = process.env;
+const { PORT, STATE, CLIENT_SECRET, AUDIENCE, ROTATE, TTL } = process.env;
 const file = `${STATE}/keys.json`;
 
 let keys = [];
@@ -23,7 +23,7 @@ const provider = new Provider(`http://127.0.0.1:${PORT}`, {
   }],
   jwks: { keys },
   scopes: ['publish', 'read', 'operate'],
-  ttl: { ClientCredentials: 600 },
+  ttl: { ClientCredentials: Number(TTL) },
   features: {
     devInteractions: { enabled: false },
     clientCredentials: { enabled: true },
