@@ -223,6 +223,21 @@ def import_order(workflow):
     return (workflow["name"] != ON_ERROR, refers, workflow["name"])
 
 
+def work(workflow):
+    """What a workflow does, without what differs between installations: to see whether somebody changed it."""
+    nodes = {}
+    for node in workflow["nodes"]:
+        parameters = dict(node["parameters"])
+        url = parameters.get("url")
+        if isinstance(url, str) and url.endswith("/pulsar/publish"):
+            parameters["url"] = "/pulsar/publish"
+        if isinstance(parameters.get("workflowId"), dict):
+            parameters["workflowId"] = parameters["workflowId"].get("cachedResultName")
+        names = sorted(credential["name"] for credential in node.get("credentials", {}).values())
+        nodes[node["name"]] = [node["type"], node["typeVersion"], parameters, names, bool(node.get("disabled"))]
+    return json.dumps([nodes, workflow["connections"]], sort_keys=True)
+
+
 def templates(n8n, args, credential_ids, state):
     there = {}
     for item in n8n.all("/api/v1/workflows"):
@@ -238,10 +253,11 @@ def templates(n8n, args, credential_ids, state):
     for workflow in sorted(loaded, key=import_order):
         name = workflow["name"]
         missing = adapt(workflow, args.bridge.rstrip("/"), credential_ids, ids)
-        if name in there and not args.overwrite and there[name]["versionId"] != versions.get(ids[name]):
+        old = there.get(name)
+        if old and not args.overwrite and old["versionId"] != versions.get(ids[name]) and work(old) != work(workflow):
             imported[name] = ids[name]
-            state_now = "active" if there[name]["active"] else "not active"
-            print(f"   {name}: was changed in n8n, and is kept as it is ({state_now})")
+            state_now = "active" if old["active"] else "not active"
+            print(f"   {name}: differs from the template, and is kept as it is ({state_now}); renamed in n8n, it makes room")
             continue
         if name in ids:
             n8n.call("PUT", f"/api/v1/workflows/{ids[name]}", workflow)
