@@ -16,9 +16,14 @@ SERVERS=()
 for server in postgres pulsar oidc otlp n8n; do
   [ -x "tests/real/servers/$server.sh" ] || continue
   # Where only some modules are asked for, a server that none of them is named after stays off. Pulsar's modules log in by
-  # OAuth2 and share a PostgreSQL.
-  case $server in postgres | oidc) users=(-e "$server" -e way -e pulsar) ;; *) users=(-e "$server" -e way) ;; esac
-  if [ ${#WANTED[@]} -eq 0 ] || printf '%s\n' "${WANTED[@]%%[:_]*}" | grep -qx "${users[@]}"; then SERVERS+=("$server"); fi
+  # OAuth2 and share a PostgreSQL; n8n publishes as an OAuth2 service account as well.
+  case $server in
+    oidc) users=(-e oidc -e way -e pulsar -e n8n) ;;
+    postgres) users=(-e postgres -e way -e pulsar) ;;
+    *) users=(-e "$server" -e way) ;;
+  esac
+  if [ ${#WANTED[@]} -eq 0 ] || printf '%s
+' "${WANTED[@]%%[:_]*}" | grep -qx "${users[@]}"; then SERVERS+=("$server"); fi
 done
 
 if [ -n "${DEALSCALE_TEST_STATE:-}" ]; then STATE=$(realpath -m "$DEALSCALE_TEST_STATE"); KEEP=1

@@ -4,7 +4,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { generateKeyPairSync, randomUUID } from 'node:crypto';
 import Provider from 'oidc-provider';
 
-const { PORT, STATE, CLIENT_SECRET, AUDIENCE, ROTATE } = process.env;
+const { PORT, STATE, CLIENT_SECRET, AUDIENCE, ROTATE, TTL } = process.env;
 const file = `${STATE}/keys.json`;
 
 let keys = [];
@@ -25,7 +25,7 @@ const provider = new Provider(`http://127.0.0.1:${PORT}`, {
   jwks: { keys },
   scopes: ['publish', 'read', 'operate'],
   // Pulsar's own tokens are to run out while a test lasts.
-  ttl: { ClientCredentials: (_ctx, _token, { clientId }) => (clientId === 'short-lived' ? 5 : 600) },
+  ttl: { ClientCredentials: (_ctx, _token, { clientId }) => (clientId === 'short-lived' ? 5 : Number(TTL)) },
   // Pulsar wants `nbf`, which RFC 9068 leaves open.
   formats: { customizers: { jwt: (_ctx, _token, jwt) => { jwt.payload.nbf = jwt.payload.iat; } } },
   features: {

@@ -49,13 +49,25 @@ install_packages() {
   [ ${#wanted[@]} -gt 0 ] || return 0
   mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | sort -u)
   command -v apt-get >/dev/null || die "please install: ${wanted[*]} (there is no apt-get here)"
-  say "installing Debian packages: ${wanted[*]}"
-  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -qq)
-  # The lists are old or absent on a fresh machine; a second try follows an update.
-  if ! as_root "${apt[@]}" install -y --no-install-recommends "${wanted[@]}" </dev/null >/dev/null 2>&1; then
-    as_root "${apt[@]}" update </dev/null
-    as_root "${apt[@]}" install -y --no-install-recommends "${wanted[@]}" </dev/null >/dev/null
+  if [ "$(id -u)" != 0 ] && ! { command -v sudo >/dev/null && sudo -v; }; then
+    die "these Debian packages are missing, and installing them needs root (there is no sudo, or it refused). As root run:
+  apt-get update && apt-get install -y --no-install-recommends ${wanted[*]}
+and then the same command again"
   fi
+  say "installing Debian packages: ${wanted[*]}"
+  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
+  # The lists are absent on a fresh machine, or too old: a second try follows an update.
+  if ! compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; then as_root "${apt[@]}" -qq update </dev/null; fi
+  install_wanted && return 0
+  say "once more, with new package lists"
+  as_root "${apt[@]}" -qq update </dev/null
+  install_wanted || die "apt-get could not install: ${wanted[*]}"
+}
+
+# One line per package that is fetched or set up; errors as they are. Of `install_packages`.
+install_wanted() {
+  as_root "${apt[@]}" -q install -y --no-install-recommends "${wanted[@]}" </dev/null |
+    { grep --line-buffered -E '^(Get:|Setting up|E:)' || true; } | cut -c1-100 | sed -u 's/^/   /' >&2
 }
 
 # Debian 12's own Rust is too old for edition 2024.
