@@ -5,6 +5,9 @@
 //! - By `traceparent`: n8n writes that of the webhook's request to `execution_entity."tracingContext"` (JSON) when it makes the
 //!   row. There is no index on it, so the table is read by its primary key from the newest row downwards, in pages, until
 //!   rows are older than the oldest attempt that is asked for: one pass for many look-ups.
+//! - With `N8N_OTEL_ENABLED` n8n replaces that context by its own span, of the same trace, when the workflow starts
+//!   (`modules/otel/otel-lifecycle-handler.js`). The trace alone does not tell an execution (whoever published may be in it), so it only
+//!   confirms an id that an answer claimed.
 //! - The API's list has no `tracingContext` and leaves running executions out unless asked for them: both lists are read, and
 //!   each execution that was not seen before is fetched once by id; what it was started by is remembered.
 //! - States: `new`, `running`, `waiting` are open; `success`, `error`, `crashed`, `canceled` are ends; `unknown` counts as
@@ -79,9 +82,21 @@ fn by_claim<'a>(found: &'a HashMap<i64, Found>, lookup: &Lookup) -> Option<&'a F
         (None, _) => true,
         (Some(ours), Some(its)) => ours == its,
         // An older n8n, which does not keep it.
-        (Some(_), None) => found.created_at.is_none_or(|at| at >= lookup.not_before.minus(CLOCK_SLACK)),
+        (Some(_), None) => is_recent(found, lookup),
     };
     fits.then_some(found)
+}
+
+/// The same where n8n has its own span in place of ours. Only when ours is nowhere.
+fn by_trace_of<'a>(found: &'a HashMap<i64, Found>, lookup: &Lookup) -> Option<&'a Found> {
+    let found = found.get(&lookup.id.as_ref()?.parse().ok()?)?;
+    // `00-` and 32 digits.
+    let (ours, its) = (lookup.traceparent.as_ref()?.get(..35)?, found.traceparent.as_ref()?.get(..35)?);
+    (ours == its && is_recent(found, lookup)).then_some(found)
+}
+
+fn is_recent(found: &Found, lookup: &Lookup) -> bool {
+    found.created_at.is_none_or(|at| at >= lookup.not_before.minus(CLOCK_SLACK))
 }
 
 fn run(status: &str, id: i64) -> Run {
@@ -149,7 +164,7 @@ impl Source {
             .iter()
             .map(|lookup| {
                 let traced = || by_trace.get(lookup.traceparent.as_deref()?);
-                by_claim(&by_id, lookup).or_else(traced).map(Found::execution)
+                by_claim(&by_id, lookup).or_else(traced).or_else(|| by_trace_of(&by_id, lookup)).map(Found::execution)
             })
             .collect())
     }
@@ -510,6 +525,11 @@ mod tests {
         }
         assert_eq!(look("4", Some(TRACE)).await.as_deref(), Some("4"), "without a context of its own it can be ours");
         assert_eq!(look("1", None).await.as_deref(), Some("1"));
+        // n8n traces itself: its own span, in our trace, is all that there is.
+        connection.execute("DELETE FROM execution_entity WHERE id = 2", []).unwrap();
+        assert_eq!(look("1", Some(TRACE)).await.as_deref(), Some("1"));
+        let another = TRACE.replace("0af7", "ffff");
+        assert_eq!(look("1", Some(&another)).await, None);
     }
 
     #[tokio::test]
