@@ -156,7 +156,7 @@ impl Problem {
 
     /// One text for every id that is not there or not the caller's, so that the two cannot be told apart.
     pub fn no_execution() -> Self {
-        Self::new(Kind::NotFound, "no such execution; a caller of several tenants names one with ?tenant=")
+        Self::new(Kind::NotFound, "no such execution")
     }
 
     /// One text for a tenant that is not declared and for one that is not granted.

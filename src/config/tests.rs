@@ -142,6 +142,19 @@ fn a_secret_comes_from_the_value_or_the_file_never_both() {
 }
 
 #[test]
+fn a_token_and_an_issuer_have_one_owner() {
+    let hash = "0".repeat(64);
+    let account = |name: &str| format!("[accounts.{name}]\ntoken_sha256 = [\"{hash}\"]\n");
+    let issuer = |name: &str, url: &str| format!("[oauth2.{name}]\nissuer = \"{url}\"\naudience = \"d\"\n");
+    let problems =
+        texts(parse(&(account("one") + &account("two") + &issuer("x", "https://i") + &issuer("y", "https://i"))));
+    assert_eq!(problems.len(), 2, "{problems:?}");
+    assert!(problems[0].starts_with("accounts.two.token_sha256: has a token of account \"one\""), "{problems:?}");
+    assert!(problems[1].starts_with("oauth2.y.issuer: is the issuer of [oauth2.x] already"), "{problems:?}");
+    assert!(parse(&(account("one") + &issuer("x", "https://i") + &issuer("y", "https://j"))).is_ok());
+}
+
+#[test]
 fn without_a_token_only_loopback() {
     let problems = texts(parse("[bridge]\nlisten = \"0.0.0.0:8000\"\ntoken_required = false"));
     assert_eq!(problems.len(), 1, "{problems:?}");

@@ -233,6 +233,10 @@ pub async fn invariant_1_two_tenants_with_one_id_do_not_meet(w: &World) {
     let mut theirs = event(&w.clock, "other", b"theirs");
     theirs.envelope.execution_id = ours.envelope.execution_id;
     assert_eq!(w.store.admit(vec![theirs.clone()]).await.unwrap(), [Admitted::New]);
+    let mut tenants = w.store.tenants_of(ours.envelope.execution_id).await.unwrap();
+    tenants.sort();
+    assert_eq!(tenants, [tenant("acme"), tenant("other")]);
+    assert_eq!(w.store.tenants_of(ExecutionId::new()).await.unwrap(), []);
     w.finished(&ours, State::Dead).await;
     assert_eq!(w.state(&theirs).await, State::Relayed);
     assert_eq!(w.store.load(vec![ours.key(), theirs.key()]).await.unwrap(), [Some(ours), Some(theirs.clone())]);

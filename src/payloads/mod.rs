@@ -54,7 +54,7 @@ use self::sqlite::Sqlite;
 use crate::clock::{Clock, Timestamp};
 use crate::config;
 use crate::event::{Envelope, Event, State};
-use crate::ids::{BodyHash, Environment, Key, Tenant, Topic, Workflow};
+use crate::ids::{BodyHash, Environment, ExecutionId, Key, Tenant, Topic, Workflow};
 use crate::observe::payloads as observe;
 use crate::seal::Seal;
 use crate::units::Span;
@@ -109,7 +109,6 @@ pub struct Claim {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Attempt {
     pub number: u32,
-    #[schema(value_type = String, format = DateTime)]
     pub started_at: Timestamp,
     pub duration_ms: Option<u64>,
     /// HTTP status of n8n's answer.
@@ -630,6 +629,17 @@ impl Store {
             None => Ok(None),
             Some(columns) => Ok(Some(self.shared.codec.row(columns, history)?)),
         }
+    }
+
+    /// The tenants that have an event of this id, nearly always one or none.
+    pub async fn tenants_of(&self, id: ExecutionId) -> Result<Vec<Tenant>, Error> {
+        let start = Instant::now();
+        let result = match &self.backend {
+            Backend::Sqlite(db) => db.tenants_of(id).await,
+            Backend::Postgres(db) => db.tenants_of(id).await,
+        };
+        let names = self.shared.note("tenants_of", 1, start, result)?;
+        Ok(names.iter().filter_map(|name| Tenant::try_new(name).ok()).collect())
     }
 
     /// At most 1,000 rows a page. A row that cannot be read is left out, and logged.

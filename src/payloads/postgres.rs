@@ -35,7 +35,7 @@ use super::{Admitted, Claimed, Collected, Error, Shared};
 use crate::clock::{Clock, Timestamp};
 use crate::config;
 use crate::event::State;
-use crate::ids::Key;
+use crate::ids::{ExecutionId, Key};
 use crate::observe::payloads as observe;
 use crate::postgres::{self, Pool};
 
@@ -586,6 +586,12 @@ impl Postgres {
         );
         let rows = self.query("read the ledger", &sql, &[&key.execution_id.0, &key.tenant.as_str()]).await?;
         Ok(rows.first().map(columns_of))
+    }
+
+    pub async fn tenants_of(&self, id: ExecutionId) -> Result<Vec<String>, Error> {
+        let sql = "SELECT tenant FROM events WHERE id = $1 LIMIT 100";
+        let rows = self.query("read the ledger", sql, &[&id.0]).await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
     pub async fn list(&self, query: Query) -> Result<Vec<Columns>, Error> {

@@ -30,7 +30,7 @@ use super::query::{Query, Value};
 use super::rows::{self, Answer, Ask, NewRow, Op, REJECTED_MAX, RawBody, RejectedRow, Step, Stored, TIMER_AGAIN_MS};
 use super::{Admitted, Claimed, Collected, Error, Shared};
 use crate::event::State;
-use crate::ids::Key;
+use crate::ids::{ExecutionId, Key};
 use crate::observe::payloads as observe;
 
 /// Jobs of one transaction. More would only make the first wait longer.
@@ -305,6 +305,15 @@ impl Sqlite {
 
     pub async fn get(&self, key: Key) -> Result<Option<Columns>, Error> {
         self.read("read the ledger", move |db| Ok(one(db, &key)?)).await
+    }
+
+    pub async fn tenants_of(&self, id: ExecutionId) -> Result<Vec<String>, Error> {
+        self.read("read the ledger", move |db| {
+            let mut statement = db.prepare_cached("SELECT tenant FROM events WHERE id = ? LIMIT 100")?;
+            let names = statement.query_map([id.0.as_bytes()], |row| row.get(0))?;
+            Ok(names.collect::<Result<_, _>>()?)
+        })
+        .await
     }
 
     pub async fn list(&self, query: Query) -> Result<Vec<Columns>, Error> {
