@@ -449,10 +449,15 @@ impl Room {
                 Cancelled::Absent => {
                     return self.parts.store.cancel(key).await?.ok_or_else(Problem::no_execution);
                 }
-                Cancelled::Leased if tokio::time::Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
                 Cancelled::Leased => {
+                    // The relay may hold it for as long as the broker is down. Once the ledger has it, the ledger can cancel it.
+                    if let Ok(Some(state)) = self.parts.store.cancel(key).await {
+                        return Ok(state);
+                    }
+                    if tokio::time::Instant::now() < deadline {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        continue;
+                    }
                     let detail = "the event is on its way to the ledger; try again in a moment";
                     return Err(Problem::new(Kind::LedgerUnavailable, detail));
                 }

@@ -344,8 +344,11 @@ fn salvage(
         }
     }
     let cause = &plan.cause;
+    // What is missing altogether shows in the number that had been reached.
+    let reached = plan.next.saturating_sub(1);
     let text = format!(
-        "{now}: the store was damaged ({cause}); {records} records were salvaged, {unreadable} could not be read; the old folder is {}",
+        "{now}: the store was damaged ({cause}); {records} records were salvaged, {unreadable} could not be read, and {reached} had been \
+         accepted since the outbox was made; the old folder is {}",
         aside.display()
     );
     engine.writes.push(Write { tree: Tree::Meta, key: b"loss".to_vec(), value: Some(text.into_bytes()) });

@@ -223,8 +223,9 @@ impl Owner {
                     // Closed before it is opened again: two handles on one file are never there at once.
                     drop(engine.take());
                     engine = self.reopen(&mut survives);
-                    if engine.is_none() {
-                        failed = Some(survives);
+                    match &mut engine {
+                        Some(engine) => self.publish(engine, disk.get()),
+                        None => failed = Some(survives),
                     }
                     witness = super::open::Witness::open(&self.dir).ok();
                 }

@@ -846,6 +846,29 @@ async fn a_damaged_folder_is_not_touched_without_the_key_of_its_records() {
     }
 }
 
+/// Killed, or out of disk, while sled wrote what it keeps beside its log: no damage, and no alarm.
+#[tokio::test]
+async fn a_torn_snapshot_or_configuration_of_sled_is_no_damage() {
+    for (name, content) in [
+        ("snap.FFFFFFFFFFFFFF00.generating", &b""[..]),
+        ("snap.FFFFFFFFFFFFFF00.generating", b"half of a snapshot"),
+        ("snap.FFFFFFFFFFFFFF00", b""),
+        ("snap.FFFFFFFFFFFFFF00", b"not a snapshot, and longer than twelve bytes"),
+        ("conf", b"segment_size: 2097152\nuse_comp"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = settings(dir.path(), OutboxStore::Sled);
+        let outbox = open(&settings);
+        outbox.append_batch((0..100).map(|n| append(&event("a", &[n; 900]))).collect()).await;
+        outbox.close().await.unwrap();
+        std::fs::write(settings.dir.join(name), content).unwrap();
+        let outbox = open(&settings);
+        assert_eq!((outbox.status().records, outbox.status().data_loss_possible), (100, None), "{name}");
+        assert_eq!(lease(&outbox, 100).await.len(), 100);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "{name}: nothing was set aside");
+    }
+}
+
 /// sled cuts its log off where it is damaged, when it opens; looking must not cost what starting would have saved.
 #[tokio::test]
 async fn looking_at_a_damaged_folder_takes_nothing_from_the_salvage() {

@@ -7,6 +7,7 @@ mod broker;
 #[path = "../support/conformance.rs"]
 mod conformance;
 mod delivery;
+mod outbox;
 mod process;
 #[path = "../support/mod.rs"]
 mod support;

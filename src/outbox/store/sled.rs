@@ -40,8 +40,14 @@ impl Sled {
             // `None` would turn sled's garbage collection off. What counts for durability is our own sync.
             .flush_every_ms(Some(500))
             .mode(sled::Mode::LowSpace);
+        forget_caches(dir, |name| name.starts_with("snap.") && name.ends_with(".generating")).map_err(Failure::io)?;
         // On damaged files sled panics as often as it returns an error.
-        let opened = catch_unwind(AssertUnwindSafe(|| config.open()));
+        let mut opened = catch_unwind(AssertUnwindSafe(|| config.open()));
+        if let Ok(Err(sled::Error::Corruption { at: None, .. })) = opened {
+            // Damage at no place of the log is damage of what sled keeps beside it and makes again from the log and from our settings.
+            forget_caches(dir, |name| name.starts_with("snap.") || name == "conf").map_err(Failure::io)?;
+            opened = catch_unwind(AssertUnwindSafe(|| config.open()));
+        }
         let db = match opened {
             Ok(Ok(db)) => db,
             Ok(Err(sled::Error::Corruption { at, .. })) => {
@@ -69,6 +75,21 @@ impl Sled {
         }
         Ok(Self { db, file, blobs: dir.join("blobs") })
     }
+}
+
+/// Removes files of sled that its log makes superfluous. sled itself takes a snapshot that was being written when the process died, or the
+/// disk was full, for a damaged one (its filter knows another name), and would not open.
+fn forget_caches(dir: &Path, which: impl Fn(&str) -> bool) -> std::io::Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(&which) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Checks the header of every segment, before sled does: where one is damaged sled takes the rest of its log for unwritten and **reuses
@@ -105,7 +126,11 @@ fn keep_copy(dir: &Path) -> Result<(), Failure> {
         if copy.exists() {
             return Ok(());
         }
-        // A full disk must not keep the outbox from opening: then there is no copy.
+        // A full disk must not keep the outbox from opening, and a copy must not fill it: then there is none.
+        let stat = nix::sys::statvfs::statvfs(dir).map_err(Failure::io)?;
+        if stat.blocks_available() * stat.fragment_size() < 2 * length {
+            return Ok(());
+        }
         if std::fs::copy(dir.join(FILE), &new).and_then(|_| std::fs::rename(&new, copy)).is_err() {
             let _ = std::fs::remove_file(new);
         }
