@@ -27,7 +27,7 @@ use axum::{Json, Router};
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 
-pub use outbox::RecordView;
+pub use outbox::{RecordView, absent};
 pub use socket::{Peer, bind as bind_socket};
 
 use crate::ids::Environment;

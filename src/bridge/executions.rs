@@ -19,7 +19,7 @@ use super::respond::{Kind, Problem};
 use super::routes::{Asked, Asking, Right, answer, id, json};
 use super::{Bridge, Live, Room};
 use crate::clock::Timestamp;
-use crate::event::{Envelope, State as Phase};
+use crate::event::{Content, Envelope, State as Phase};
 use crate::ids::{ErrorClass, ExecutionId, Key, Tenant, Workflow};
 use crate::observe::bridge as events;
 use crate::outbox::{Cancelled, Found, Sequence};
@@ -127,8 +127,13 @@ impl Execution {
 
     /// A record of the outbox: `accepted`, or `dead` when it was poisoned.
     pub(super) fn of_record(found: Found, history: bool) -> Self {
-        let (envelope, bytes) = (found.event.envelope, found.event.body.len() as u64);
-        let state = if found.poisoned.is_some() { Phase::Dead } else { Phase::Accepted };
+        let (envelope, bytes) = (found.event.envelope, found.body_bytes);
+        let state = match (&found.poisoned, &envelope.content) {
+            (Some(_), _) => Phase::Dead,
+            // Over already, only not in the ledger yet.
+            (None, Content::Done { state, .. }) => *state,
+            (None, _) => Phase::Accepted,
+        };
         Self {
             error_class: found.poisoned.as_ref().map(|_| POISONED.to_owned()),
             error: found.poisoned,
@@ -372,8 +377,9 @@ impl Asked {
                     && filter.workflow.as_ref().is_none_or(|w| envelope.workflow.as_ref() == Some(w))
                     && filter.since.is_none_or(|t| envelope.accepted_at >= t)
                     && filter.until.is_none_or(|t| envelope.accepted_at < t);
-                if fits {
-                    into.push(Execution::of_record(record, false));
+                let execution = Execution::of_record(record, false);
+                if fits && (filter.states.is_empty() || filter.states.contains(&execution.state)) {
+                    into.push(execution);
                     if into.len() == filter.limit {
                         return Ok((!last).then(|| after.map(|s| format!("o{}", base36(s.0)))).flatten());
                     }
@@ -437,14 +443,23 @@ impl Room {
         let deadline = tokio::time::Instant::now() + RELAY_WAIT;
         loop {
             match self.parts.outbox.cancel(key).await? {
-                Cancelled::Done => return Ok(Phase::Cancelled),
+                // After a crash the ledger may have it as well, and the broker even have delivered it: then the ledger decides.
+                Cancelled::Done => {
+                    let known = self.parts.store.cancel(key).await;
+                    return Ok(known.ok().flatten().unwrap_or(Phase::Cancelled));
+                }
                 Cancelled::Absent => {
                     return self.parts.store.cancel(key).await?.ok_or_else(Problem::no_execution);
                 }
-                Cancelled::Leased if tokio::time::Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
                 Cancelled::Leased => {
+                    // The relay may hold it for as long as the broker is down. Once the ledger has it, the ledger can cancel it.
+                    if let Ok(Some(state)) = self.parts.store.cancel(key).await {
+                        return Ok(state);
+                    }
+                    if tokio::time::Instant::now() < deadline {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        continue;
+                    }
                     let detail = "the event is on its way to the ledger; try again in a moment";
                     return Err(Problem::new(Kind::LedgerUnavailable, detail));
                 }

@@ -246,7 +246,7 @@ impl From<outbox::Error> for Problem {
                 "the outcome is unknown; retry with the same Idempotency-Key or execution_id".into()
             }
             outbox::Error::Closed => "the appliance is stopping; retry in a moment".into(),
-            outbox::Error::Locked(_) => "the outbox is not open".into(),
+            outbox::Error::Locked(_) | outbox::Error::Open(_) => "the outbox is not open".into(),
             shown => Cow::Owned(shown.to_string()),
         };
         Self::new(kind, detail)

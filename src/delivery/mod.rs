@@ -52,7 +52,7 @@ pub use timer::Alarm;
 
 use crate::broker::{self, Broker};
 use crate::clock::Clock;
-use crate::config::{self, EnvironmentConfig};
+use crate::config::EnvironmentConfig;
 use crate::event::State;
 use crate::ids::Key;
 use crate::n8n::{self, N8n};
@@ -99,14 +99,6 @@ pub struct Status {
 pub struct Delivery {
     status: Arc<Mutex<Status>>,
     owner: Arc<str>,
-}
-
-/// Whether a configuration can be used, without starting anything.
-///
-/// # Errors
-/// What cannot be used, as text for people.
-pub fn check(config: &config::Delivery) -> Result<(), String> {
-    webhook::Signer::new(config).map(drop)
 }
 
 impl Delivery {

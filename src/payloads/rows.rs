@@ -75,7 +75,10 @@ impl NewRow {
                 message_id: None,
                 traceparent: envelope.traceparent.clone(),
             };
-            row.history = Some(frame(1, &codec.attempt_in(&key, &attempt)?));
+            // What was cancelled before the relay had it was never tried.
+            if state != State::Cancelled {
+                row.history = Some(frame(1, &codec.attempt_in(&key, &attempt)?));
+            }
             row.error = codec.error_in(&key, error.as_deref())?;
             row.error_class = error_class;
             row.n8n_execution_id = n8n_execution_id.clone().map(clean);

@@ -8,6 +8,7 @@ mod broker;
 mod conformance;
 mod delivery;
 mod house;
+mod outbox;
 mod process;
 #[path = "../support/mod.rs"]
 mod support;
