@@ -134,10 +134,14 @@ impl Execution {
             (None, Content::Done { state, .. }) => *state,
             (None, _) => Phase::Accepted,
         };
+        let call = Attempt::of_call(&envelope);
+        let poisoned = found.poisoned.as_ref().map(|_| POISONED.to_owned());
         Self {
-            error_class: found.poisoned.as_ref().map(|_| POISONED.to_owned()),
-            error: found.poisoned,
-            history: history.then(Vec::new),
+            attempts: u32::from(call.is_some()),
+            error_class: poisoned.or_else(|| call.as_ref()?.error_class.clone()),
+            error: found.poisoned.or_else(|| call.as_ref()?.error.clone()),
+            n8n_execution_id: call.as_ref().and_then(|call| call.n8n_execution_id.clone()),
+            history: history.then(|| call.into_iter().collect()),
             ..Self::new(envelope, state, bytes)
         }
     }

@@ -1173,7 +1173,7 @@ fn any_interleaving_of_append_confirm_cancel_failure_and_crash_loses_and_revives
     let number = |name: &str| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok());
     let seeds = match number("DEALSCALE_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("DEALSCALE_SEEDS").unwrap_or(300),
+        None => 0..number("DEALSCALE_SEEDS").unwrap_or(256),
     };
     for seed in seeds {
         let mut simulation = Simulation::new(seed);
