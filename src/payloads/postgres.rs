@@ -37,7 +37,7 @@ use crate::config;
 use crate::event::State;
 use crate::ids::Key;
 use crate::observe::payloads as observe;
-use crate::postgres::{self, Pool};
+use crate::postgres::{self, Lease, Pool};
 
 /// Transactions of one kind under way at once. Two keep the server busy while answers travel.
 const WORKERS: usize = 2;
@@ -88,7 +88,7 @@ impl From<codec::Unreadable> for Fault {
 impl From<postgres::Error> for Error {
     fn from(error: postgres::Error) -> Self {
         match error {
-            postgres::Error::Refused(text) => Self::Refused(text),
+            postgres::Error::Refused(text) => Self::Unusable(text),
             postgres::Error::Unreachable(text) => Self::Unreachable(text.into()),
         }
     }
@@ -109,6 +109,7 @@ impl Fault {
         match error.code().map(SqlState::code) {
             // Data that PostgreSQL cannot take: the same again cannot help.
             Some(code) if code.starts_with("22") => Error::Refused(format!("cannot {doing}: {text}")),
+            Some("25006") => Error::Store { doing, cause: format!("{text} (is this a standby?)").into() },
             // Connection, resources, shutdown.
             Some(code) if ["08", "53", "57P", "28", "3D"].iter().any(|class| code.starts_with(class)) => {
                 Error::Unreachable(text.into())
@@ -159,17 +160,13 @@ impl Postgres {
         at.saturating_sub(self.shared.clock.now().0)
     }
 
-    async fn client(&self) -> Result<Client, Error> {
-        let mut client = self.pool.get().await?;
+    async fn client(&self) -> Result<Lease, Error> {
+        let mut client = Lease::new(self.pool.get().await?);
         let mut migrated = self.migrated.lock().await;
         if !*migrated {
             let done = tokio::time::timeout(MIGRATION_PATIENCE, self.migrate(&mut client)).await;
-            let done = done.unwrap_or_else(|_| Err(Error::Unreachable("migrations did not end".into())));
-            if let Err(error) = done {
-                // It may still hold the advisory lock.
-                Pool::discard(client);
-                return Err(error);
-            }
+            // After a failure it may still hold the advisory lock: it is dropped.
+            done.unwrap_or_else(|_| Err(Error::Unreachable("migrations did not end".into())))?;
             *migrated = true;
         }
         Ok(client)
@@ -221,6 +218,7 @@ impl Postgres {
         }
         let oldest: i32 = client.query_one("SELECT oldest_reader FROM format", &[]).await.map_err(sql)?.get(0);
         super::check_format(i64::from(oldest), i64::from(newest))?;
+        self.check(client).await?;
         client
             .query("SELECT pg_advisory_unlock(hashtext('dealscale ledger'), hashtext($1))", &[schema])
             .await
@@ -232,20 +230,50 @@ impl Postgres {
         Ok(())
     }
 
-    /// Ends the use of `client`: a connection whose state is unknown does not go back to the pool.
-    fn settle<T>(client: Client, doing: &'static str, result: Result<Result<T, Fault>, Elapsed>) -> Result<T, Error> {
+    /// That the database is one for us: takes every character, is not another environment's, was sealed with our key.
+    async fn check(&self, client: &Client) -> Result<(), Error> {
+        let sql = |error: tokio_postgres::Error| Fault::from(error).into_error("look at the ledger's database");
+        let ours = &self.shared.environment;
+        let encoding: String = client.query_one("SHOW server_encoding", &[]).await.map_err(sql)?.get(0);
+        if encoding != "UTF8" {
+            return Err(Error::Unusable(format!(
+                "the database has the encoding {encoding}, which cannot hold every name: make one with ENCODING 'UTF8'"
+            )));
+        }
+        let owner = || client.query_one("SELECT environment FROM format", &[]);
+        let mut owned: Option<String> = owner().await.map_err(sql)?.get(0);
+        if owned.is_none() {
+            let claim = "UPDATE format SET environment = $1 WHERE environment IS NULL";
+            client.execute(claim, &[&ours.as_str()]).await.map_err(sql)?;
+            owned = owner().await.map_err(sql)?.get(0);
+        }
+        super::check_environment(owned.as_deref(), ours)?;
+        match client.query_opt(super::NEWEST, &[]).await.map_err(sql)? {
+            Some(row) => self.shared.codec.check_key(row.get(1), row.get(0), row.get(2)),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the use of `client`: a connection whose state is unknown, or that only reads, does not go back to the pool.
+    fn settle<T>(client: Lease, doing: &'static str, result: Result<Result<T, Fault>, Elapsed>) -> Result<T, Error> {
         match result {
-            Ok(Ok(value)) => Ok(value),
+            Ok(Ok(value)) => {
+                client.end();
+                Ok(value)
+            }
             Ok(Err(fault)) => {
-                if client.is_closed() || matches!(&fault, Fault::Sql(error) if error.as_db_error().is_none()) {
-                    Pool::discard(client);
+                // Unknown, or what a failover left behind: the next connection may meet the server that writes.
+                let useless = match &fault {
+                    Fault::Sql(error) => error.code().is_none_or(|code| *code == SqlState::READ_ONLY_SQL_TRANSACTION),
+                    Fault::Own(_) => false,
+                };
+                let error = fault.into_error(doing);
+                if !client.is_closed() && !useless && !matches!(error, Error::Unreachable(_)) {
+                    client.end();
                 }
-                Err(fault.into_error(doing))
+                Err(error)
             }
-            Err(_) => {
-                Pool::discard(client);
-                Err(Error::Unreachable("no answer within the statement timeout".into()))
-            }
+            Err(_) => Err(Error::Unreachable("no answer within the statement timeout".into())),
         }
     }
 
@@ -266,6 +294,26 @@ impl Postgres {
                     result => return result,
                 }
             }
+        };
+        let result = tokio::time::timeout(self.patience, work).await;
+        Self::settle(client, doing, result)
+    }
+
+    /// A statement whose text depends on what was asked for: prepared for this one time, because there is no end to them, and
+    /// planned for its values, because one tenant has most of the rows and another has none.
+    async fn query_once(
+        &self,
+        doing: &'static str,
+        sql: &str,
+        params: &Params<'_>,
+    ) -> Result<Vec<tokio_postgres::Row>, Error> {
+        let mut client = self.client().await?;
+        let work = async {
+            let transaction = client.build_transaction().read_only(true).start().await?;
+            transaction.batch_execute("SET LOCAL plan_cache_mode = force_custom_plan").await?;
+            let rows = transaction.query(sql, params).await?;
+            transaction.commit().await?;
+            Ok(rows)
         };
         let result = tokio::time::timeout(self.patience, work).await;
         Self::settle(client, doing, result)

@@ -136,7 +136,7 @@ impl Fault {
         let file = file.display();
         let cause = match code {
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-                return Error::Refused(format!(
+                return Error::Unusable(format!(
                     "cannot {doing}: {file} is damaged ({error}); stop the service, keep a copy of it and restore it from a backup"
                 ));
             }
@@ -656,7 +656,7 @@ fn open(file: &Path, shared: &Shared) -> Result<Connection, Error> {
     .map_err(sql)?;
     let mode: String = db.query_row("PRAGMA journal_mode", [], |row| row.get(0)).map_err(sql)?;
     if mode != "wal" {
-        return Err(Error::Refused(format!(
+        return Err(Error::Unusable(format!(
             "{} is on a file system without shared memory: choose a local disk",
             file.display()
         )));
@@ -671,12 +671,21 @@ fn migrate(db: &mut Connection, file: &Path, shared: &Shared) -> Result<(), Erro
         super::migrations(&[("V1__ledger", include_str!("../../appliance/migrations/sqlite/V1__ledger.sql"))])?;
     let newest = migrations.iter().map(|m| m.version()).max().unwrap_or(0);
     let report = refinery::Runner::new(&migrations).set_abort_missing(false).run(db).map_err(|error| {
-        Error::Refused(format!("cannot bring the tables of {} up to date: {error}", file.display()))
+        Error::Unusable(format!("cannot bring the tables of {} up to date: {error}", file.display()))
     })?;
-    let oldest: i64 = db
-        .query_row("SELECT oldest_reader FROM format", [], |row| row.get(0))
-        .map_err(|error| Fault::from(error).into_error("read the payload store's format", file))?;
+    let sql = |error: rusqlite::Error| Fault::from(error).into_error("read the payload store's format", file);
+    let oldest: i64 = db.query_row("SELECT oldest_reader FROM format", [], |row| row.get(0)).map_err(sql)?;
     super::check_format(oldest, i64::from(newest))?;
+    let ours = &shared.environment;
+    db.execute("UPDATE format SET environment = ?1 WHERE environment IS NULL", [ours.as_str()]).map_err(sql)?;
+    let owner: Option<String> = db.query_row("SELECT environment FROM format", [], |row| row.get(0)).map_err(sql)?;
+    super::check_environment(owner.as_deref(), ours)?;
+    let newest = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?));
+    let newest: Option<([u8; 16], String, Vec<u8>)> =
+        db.query_row(super::NEWEST, [], newest).optional().map_err(sql)?;
+    if let Some((id, tenant, envelope)) = newest {
+        shared.codec.check_key(&tenant, Uuid::from_bytes(id), &envelope)?;
+    }
     let applied = report.applied_migrations().len();
     observe::Migrated { environment: &shared.environment, kind: "sqlite", applied, took: start.elapsed() }.emit();
     Ok(())
