@@ -56,7 +56,11 @@ impl Payloads {
             (false, _) => PayloadStore::Sqlite { file },
             (true, Some(url)) => {
                 if url.expose().parse::<tokio_postgres::Config>().is_err() {
-                    s.problem("url", "expected postgresql://user:password@host:5432/database");
+                    s.problem(
+                        "url",
+                        "expected postgresql://user:password@host:5432/database, if need be with ?sslmode=disable|prefer|require \
+                         (require verifies chain and host name)",
+                    );
                 }
                 PayloadStore::Postgres(Postgres {
                     url,

@@ -15,6 +15,7 @@ mod postgres;
 mod powercut;
 mod pulsar;
 mod pulsar_appliance;
+mod pulsar_fleet;
 #[path = "../support/mod.rs"]
 mod shared;
 mod support;
