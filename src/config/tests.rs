@@ -43,6 +43,12 @@ fn the_shipped_file_is_right_and_shows_every_default() {
         );
         text.push('\n');
     }
+    // These are read by the check.
+    let topics = concat!(env!("CARGO_MANIFEST_DIR"), "/config/topics.toml");
+    let text = text.replace("/etc/dealscale/topics.toml", topics);
+    let text = ["/etc/dealscale/ca.pem", "/etc/dealscale/pulsar-ca.pem"]
+        .iter()
+        .fold(text, |text, ca| text.replace(ca, "/etc/ssl/certs/ca-certificates.crt"));
     // Not a URL: it is the stand-in secret.
     let text = text
         .replace(&format!("url_file = {:?}", secret.display().to_string()), "url = \"postgresql://u:p@127.0.0.1/d\"");

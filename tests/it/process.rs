@@ -474,7 +474,7 @@ async fn every_command_speaks_json_and_takes_a_closed_pipe() {
             .output()
             .unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.code() == Some(1) && text.contains("there is no outbox in"), "{text}");
+        assert!(output.status.code() == Some(1) && text.contains("there is no outbox at"), "{text}");
         assert!(!elsewhere.exists(), "`outbox {command}` made a folder");
     }
 }
@@ -523,7 +523,7 @@ async fn the_plans_variables_alone_make_a_working_appliance() {
 fn a_configuration_that_only_a_part_can_refuse_is_78_as_well() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("dealscale.toml");
-    let text = "[[signing.keys]]\nid = \"a\"\nkey = \"hunter2\"\n[environments.production.delivery]\nwebhook_secret = \"hunter2\"\n";
+    let text = "[[signing.keys]]\nid = \"a\"\nkey = \"hunter2\"\n";
     std::fs::write(&file, text).unwrap();
     for arguments in [&["check"][..], &["serve"], &["--json", "check"]] {
         let output = std::process::Command::new(env!("CARGO_BIN_EXE_dealscale"))
@@ -534,13 +534,10 @@ fn a_configuration_that_only_a_part_can_refuse_is_78_as_well() {
         let output = output.unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(78), "{text}");
-        assert!(
-            text.contains("signing key \"a\"") && text.contains("delivery.webhook_secret") && !text.contains("hunter2"),
-            "{text}"
-        );
+        assert!(text.contains("signing key \"a\"") && !text.contains("hunter2"), "{text}");
         if arguments.len() == 2 {
             let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-            assert_eq!((&json["ok"], json["problems"].as_array().unwrap().len()), (&json!(false), 2), "{json}");
+            assert_eq!((&json["ok"], json["problems"].as_array().unwrap().len()), (&json!(false), 1), "{json}");
         }
     }
 }
