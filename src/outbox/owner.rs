@@ -196,6 +196,7 @@ impl Owner {
                     }
                 }
                 if let Some(reply) = close {
+                    drop(witness);
                     return self.closed(None, parked, reply, Ok(()));
                 }
                 continue;
@@ -206,11 +207,13 @@ impl Owner {
                     if let Some(witness) = &mut witness {
                         witness.saw(running.durable_next);
                     }
+                    drop(witness);
                     return self.closed(engine, parked, reply, Ok(()));
                 }
                 Turn::Failed(failure, close) => {
                     events::StoreFailed { dir: &self.dir, error: &failure }.emit();
                     if let Some(reply) = close {
+                        drop(witness);
                         return self.closed(engine, parked, reply, Err(failed_write(&failure)));
                     }
                     let mut survives = Survives {
@@ -259,7 +262,7 @@ impl Owner {
         }
     }
 
-    /// The store is closed and the lock is free when `reply` hears of it.
+    /// No file of the folder is open any more when `reply` hears of it.
     fn closed(self, engine: Option<Engine>, parked: Parked, reply: Reply<()>, result: Result<(), Error>) {
         drop(engine);
         drop(self.lock);

@@ -553,6 +553,9 @@ async fn damage_that_is_met_while_running_is_handed_to_the_salvage() {
     let local = outbox.local();
     let (leased, found, listed) =
         tokio::join!(outbox.lease(ALL), local.receive(everything(), 1).with_timeout(), outbox.unreadable(true));
+    // Who waits for a record waits on, and has it after the store was opened again.
+    let again = leased.iter().flatten().map(|l| Settle::Release { sequence: l.sequence }).collect();
+    outbox.settle(again).await.unwrap();
     // Whoever asked in the failed turn hears of the failure; nobody is told that the outbox is closed.
     for error in [leased.map(drop).err(), found.and_then(|f| f.err()), listed.map(drop).err()].into_iter().flatten() {
         assert!(matches!(error, Error::Store { .. }), "{error}");

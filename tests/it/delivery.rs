@@ -682,6 +682,33 @@ async fn a_cancelled_event_is_not_delivered() {
     world.empty().await;
 }
 
+/// Cancelled while it waited in the outbox: new to the ledger, and known to it from before a crash between the two.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_cancelled_in_the_outbox_is_an_end_in_the_ledger_and_never_delivered() {
+    let receiver = Receiver::start().await;
+    // Soon enough to find what a relay left open.
+    let world = World::new(&receiver, &QUICK.replace("claim = \"1s\"", "claim = \"1s\"\nsweep_after = \"1s\"")).await;
+    let (fresh, known) = (world.publish("acme", 1, |_| {}).await, world.publish("acme", 2, |_| {}).await);
+    let record = world.outbox.find(&known).await.unwrap().unwrap();
+    world.store.admit(vec![record.event]).await.unwrap();
+    for key in [&fresh, &known] {
+        assert_eq!(world.outbox.cancel(key).await.unwrap(), outbox::Cancelled::Done);
+    }
+    let process = world.start();
+    for key in [&fresh, &known] {
+        let row = world.until(key, State::Cancelled).await;
+        assert_eq!((row.attempts, row.history.len()), (0, 0), "{row:#?}");
+    }
+    world.empty().await;
+    let told = world.finals.lock().unwrap().clone();
+    assert!([&fresh, &known].iter().all(|key| told.contains(&((*key).clone(), State::Cancelled))), "{told:?}");
+    // Whatever is published behind them comes, and they do not.
+    let next = world.publish("acme", 3, |_| {}).await;
+    world.until(&next, State::Delivered).await;
+    assert_eq!(numbers(&calls(&receiver)), [3]);
+    process.drain().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_in_mid_call_everything_arrives_with_the_same_id() {
     let receiver = Receiver::start().await;
