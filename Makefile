@@ -12,13 +12,13 @@ export N8N N8N_URL N8N_API_KEY N8N_PORT N8N_BROKER_PORT FASTAPI_BRIDGE_PORT DEAL
 help:
 	@echo 'make run         the main job on a real n8n, from nothing; stays up (N8N=none, N8N_URL=…, *_PORT=…)'
 	@echo 'make test        unit, simulation, crash and integration tests, with embedded parts only'
-	@echo 'make test-real   the same promises against real PostgreSQL, Pulsar, n8n and an OAuth2 server'
+	@echo 'make test-real   the same promises against real PostgreSQL, Pulsar, n8n, an OAuth2 server and an OTLP collector'
 	@echo 'make deb         the Debian packages, in target/deb (checked by lintian)'
-	@echo 'make test-host   those packages on clean Debian 12 and 13 hosts with systemd: install, upgrade, purge (root)'
+	@echo 'make test-host   those packages on clean Debian 12 and 13 hosts with systemd: install, upgrade, purge (root; not part of ci yet)'
 	@echo 'make test-long   the long crash tests and simulations'
 	@echo 'make bench       the figures of docs/benchmarks.md'
 	@echo 'make lint        formatting, clippy, licences and bans'
-	@echo 'make ci          all that has to pass: lint, test, test-real, deb, test-host'
+	@echo 'make ci          all that has to pass: lint, test, test-real'
 	@echo 'make clean-state removes .state of this checkout'
 
 run:

@@ -13,26 +13,29 @@
 //!    publishes go on being taken; when deliveries are done, or only [`answers`] of the time is left, the listeners stop accepting and finish
 //!    their requests; then the relay, then the stores. Killed instead, nothing is lost.
 //! 3. Environments share nothing but listeners, accounts and the key ring.
+//! 4. One reload at a time, carried out to its end by a task of its own: whoever asked for it may go away in the middle.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Admin};
 use crate::bridge::{self, Bridge};
 use crate::broker::{Broker, KeyRing, Topics};
 use crate::clock::Clock;
-use crate::config::{self, Config, EnvironmentConfig, Overrides};
+use crate::config::{self, Config, EnvironmentConfig, Overrides, Problem};
 use crate::delivery::{self, Delivery};
 use crate::finals::{Finals, Receipts};
 use crate::ids::Environment;
 use crate::listen::{self, Sockets};
 use crate::n8n::N8n;
+use crate::observe;
 use crate::observe::health::{Level, Part, Report};
 use crate::observe::logs::Logs;
 use crate::observe::trace;
@@ -48,6 +51,15 @@ const BIND_AGAIN: Duration = Duration::from_secs(2);
 const REPORT_MAX: Duration = Duration::from_secs(2);
 /// What the relay and the stores may take at the end: one batch and one sync, with room for a slow disk.
 const CLOSE_MAX: Duration = Duration::from_secs(10);
+/// Reloads that may wait for the one under way.
+const RELOADS_MAX: usize = 8;
+
+type Reloaded = Result<Value, Vec<String>>;
+
+/// What only the parts themselves can tell about a checked configuration; opens nothing. The start, `dealscale check` and a reload ask.
+pub fn check(config: &Config) -> Vec<Problem> {
+    KeyRing::check(&config.signing).map_err(|e| Problem::new("signing.keys", e)).err().into_iter().collect()
+}
 
 /// A running appliance.
 pub struct App {
@@ -57,6 +69,8 @@ pub struct App {
     front: Supervisor,
     /// Brokers and exporters: end last.
     back: Supervisor,
+    /// The task that reloads: ends first.
+    reload: Supervisor,
 }
 
 struct Inner {
@@ -68,6 +82,9 @@ struct Inner {
     listeners: Mutex<BTreeMap<&'static str, Part>>,
     /// systemd's, until their listeners take them.
     sockets: Sockets,
+    reloads: mpsc::Sender<oneshot::Sender<Reloaded>>,
+    /// Of the keys that a reload does not apply, those that are at work.
+    fixed: BTreeMap<String, u64>,
 }
 
 /// One environment at work.
@@ -106,11 +123,12 @@ impl App {
         sockets: Sockets,
     ) -> Result<(Self, Failures), String> {
         let (supervisor, failures) = Supervisor::new();
-        let (front, back) = (supervisor.sibling(), supervisor);
+        let (front, reload, back) = (supervisor.sibling(), supervisor.sibling(), supervisor);
         let clock = Clock::System;
         if config.bare {
             tracing::warn!("no configuration file: embedded defaults, any tenant, and publishing without a token");
         }
+        warn(&config);
         make_dir(&config.state_dir)?;
         if let Some(exporter) = trace::exporter(&config.trace, back.shutdown())? {
             back.spawn("trace.export", exporter);
@@ -125,15 +143,19 @@ impl App {
         let bridge = Bridge::new(&config, bridge_parts, clock)?;
         let (listen, admin_listen) = (config.bridge.listen, config.admin.listen);
         let socket = config.admin.socket.clone();
+        let (reloads, requests) = mpsc::channel(RELOADS_MAX);
         let inner = Arc::new(Inner {
             overrides,
+            fixed: fixed(&config),
             config: Mutex::new(config),
             logs,
             bridge: bridge.clone(),
             rooms,
             listeners: Mutex::default(),
             sockets,
+            reloads,
         });
+        reload.spawn("reload", inner.clone().reloads(requests, reload.shutdown()));
 
         let stop = bridge::Stop::default();
         let admin = inner.clone().admin();
@@ -173,25 +195,23 @@ impl App {
                 let _ = std::fs::remove_file(&socket);
             }
         });
-        back.spawn("watchdog", {
-            let (inner, shutdown) = (inner.clone(), back.shutdown());
-            notify::watch(Arc::new(move || Box::pin(inner.clone().progress())), shutdown)
-        });
         tracing::info!(version = env!("CARGO_PKG_VERSION"), bridge = %listen, admin = %admin_listen, "started");
         if let Some(next) = inner.next_step() {
             tracing::warn!("{next}");
         }
-        Ok((Self { inner, stop, front, back }, failures))
+        Ok((Self { inner, stop, front, back, reload }, failures))
     }
 
     /// Reads the configuration again; see [`Inner::reload`].
-    pub async fn reload(&self) -> Result<Value, Vec<String>> {
-        self.inner.clone().reload().await
+    pub fn reload(&self) -> impl Future<Output = Reloaded> + Send + 'static {
+        self.inner.clone().ask_reload()
     }
 
-    /// One line for the service manager's status.
-    pub async fn summary(&self) -> String {
-        self.inner.clone().progress().await
+    /// Tells the service manager that all is open, once every outbox has answered, and feeds its watchdog from then on.
+    pub async fn ready(&self) {
+        notify::ready(&self.inner.clone().progress().await);
+        let (inner, shutdown) = (self.inner.clone(), self.back.shutdown());
+        self.back.spawn("watchdog", notify::watch(Arc::new(move || Box::pin(inner.clone().progress())), shutdown));
     }
 
     /// Drains and ends; see invariant 2.
@@ -202,9 +222,12 @@ impl App {
         // Requests, relay and stores each have their own end behind the deadline.
         notify::stopping("finishes what is under way", whole + 4 * CLOSE_MAX);
         self.stop.draining.cancel();
+        self.inner.bridge.drain();
+        // Nothing may start relay and delivery again behind our back.
+        self.reload.drain(CLOSE_MAX).await;
         let drained = self.inner.rooms.values().map(|room| room.supervisors().0.clone());
         let drained: Vec<_> = drained.collect();
-        let deliveries = whole - answers(whole);
+        let deliveries = left(end - answers(whole));
         let drained = futures_util::future::join_all(drained.iter().map(|work| work.drain(deliveries))).await;
         if drained.contains(&false) {
             tracing::warn!("deliveries were still under way at the deadline; they go on after the next start");
@@ -212,7 +235,8 @@ impl App {
         // Before `last`, so that listeners that end now are not taken for tasks that died.
         self.front.shutdown().cancel();
         self.stop.last.cancel();
-        if !self.front.drain(end.saturating_duration_since(tokio::time::Instant::now())).await {
+        // Deliveries left [`answers`] of the time.
+        if !self.front.drain(left(end).max(answers(whole))).await {
             tracing::warn!("requests were still under way at the deadline");
         }
         if tokio::time::timeout(CLOSE_MAX, self.inner.bridge.finish()).await.is_err() {
@@ -232,6 +256,10 @@ impl App {
         }
         tracing::info!("stopped");
     }
+}
+
+fn left(until: tokio::time::Instant) -> Duration {
+    until.saturating_duration_since(tokio::time::Instant::now())
 }
 
 /// What answers and the last sync keep of the time for a stop.
@@ -266,9 +294,7 @@ async fn open_room(
     };
     let store = Store::open(&config.payloads, &config.outbox, name, clock.clone()).await;
     let store = store.map_err(|e| at("payloads", e.to_string()))?;
-    let routes = config.routes.iter().chain([&config.default_route]);
-    let topics = Topics { templates: routes.map(|r| r.topic.clone()).collect() };
-    let broker = Broker::open(&config.broker, name, keys.clone(), topics, &outbox, clock.clone());
+    let broker = Broker::open(&config.broker, name, keys.clone(), Topics::of(config), &outbox, clock.clone());
     let broker = broker.map_err(|e| at("broker", e.to_string()))?;
     let n8n = N8n::new(&config.n8n).map_err(|e| at("n8n", e))?;
     let (finals, receipts) = (Finals::default(), Receipts::default());
@@ -438,11 +464,11 @@ impl Inner {
     }
 
     fn admin(self: Arc<Self>) -> Admin {
-        let (report, details, reload) = (self.clone(), self.clone(), self.clone());
+        let (report, details, ask) = (self.clone(), self.clone(), self.clone());
         Admin {
             report: Arc::new(move || Box::pin(report.clone().report())),
             details: Arc::new(move || Box::pin(details.clone().details())),
-            reload: Arc::new(move || Box::pin(reload.clone().reload())),
+            reload: Arc::new(move || Box::pin(ask.clone().ask_reload())),
             outboxes: self.rooms.iter().map(|(name, room)| (name.clone(), room.outbox.clone())).collect(),
         }
     }
@@ -457,7 +483,9 @@ impl Inner {
         if let Some(next) = self.next_step() {
             parts.push(Part::new("accounts", Level::Ok, next));
         }
-        Report::new(parts)
+        let report = Report::new(parts);
+        report.gauges();
+        report
     }
 
     async fn details(self: Arc<Self>) -> Value {
@@ -475,18 +503,45 @@ impl Inner {
         Value::Object(all)
     }
 
+    async fn ask_reload(self: Arc<Self>) -> Reloaded {
+        let stopping = || vec!["the appliance is stopping".to_owned()];
+        let (answer, answered) = oneshot::channel();
+        self.reloads.send(answer).await.map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())?
+    }
+
+    async fn reloads(self: Arc<Self>, mut requests: mpsc::Receiver<oneshot::Sender<Reloaded>>, end: CancellationToken) {
+        loop {
+            let answer = tokio::select! {
+                () = end.cancelled() => return,
+                // Never `None`: we hold a sender ourselves.
+                Some(answer) = requests.recv() => answer,
+            };
+            let reloaded = tokio::select! {
+                // Relay and delivery may be half ended: they are about to end anyway.
+                () = end.cancelled() => return,
+                reloaded = self.reload() => reloaded,
+            };
+            // Who asked may be gone.
+            let _ = answer.send(reloaded);
+        }
+    }
+
     /// Reads the configuration again. What can change does, for the next request; what cannot is named and stays. A configuration
     /// with a problem is refused as a whole.
-    async fn reload(self: Arc<Self>) -> Result<Value, Vec<String>> {
+    async fn reload(self: &Arc<Self>) -> Reloaded {
         notify::reloading();
-        let reloaded = self.clone().apply().await;
-        notify::ready(&self.progress().await);
+        let reloaded = self.apply().await;
+        notify::ready(&self.clone().progress().await);
         reloaded
     }
 
-    async fn apply(self: Arc<Self>) -> Result<Value, Vec<String>> {
-        let variables = |name: &str| std::env::var(name).ok();
-        let new = config::load(&self.overrides, &variables).map_err(|problems| {
+    async fn apply(&self) -> Reloaded {
+        let loaded = config::load(&self.overrides, &config::variable).and_then(|new| match check(&new) {
+            problems if problems.is_empty() => Ok(new),
+            problems => Err(problems),
+        });
+        let new = loaded.map_err(|problems| {
             let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
             tracing::error!(problems = problems.join("; "), "the configuration was refused; the old one goes on");
             problems
@@ -495,10 +550,8 @@ impl Inner {
         // Before the bridge knows a new route delivery must: no event may meet a delivery that takes its route for a removed one.
         let mut starting = Vec::new();
         for (name, room) in &self.rooms {
-            let (Some(was), Some(environment)) = (old.environments.get(name), new.environments.get(name)) else {
-                continue;
-            };
-            if works_differently(was, environment) {
+            let Some(environment) = new.environments.get(name) else { continue };
+            if works_differently(&old, &new, name) {
                 let (work, relay) = room.supervisors();
                 tracing::info!(environment = %name, "delivery ends to start again with the new configuration");
                 work.drain(old.bridge.drain_timeout.0).await;
@@ -512,30 +565,47 @@ impl Inner {
         }
         reloaded.map_err(|e| vec![e])?;
         self.logs.refilter(&new.log);
-        let needs_restart = needs_restart(&old, &new);
+        warn(&new);
+        let needs_restart = needs_restart(&self.fixed, &fixed(&new));
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = new;
         tracing::info!(needs_restart = needs_restart.join(", "), "the configuration was read again");
         Ok(json!({ "needs_restart": needs_restart }))
     }
 }
 
-/// Whether relay and delivery have to start again.
-fn works_differently(old: &EnvironmentConfig, new: &EnvironmentConfig) -> bool {
-    let shown = |c: &EnvironmentConfig| format!("{:?}{:?}{:?}{:?}", c.routes, c.default_route, c.delivery, c.tenants);
-    // Secrets print as dots; whether a secret changed is not to be seen, so a reload with secrets always starts again.
-    let secrets = |c: &EnvironmentConfig| shown(c).contains("••••");
-    shown(old) != shown(new) || secrets(new)
+fn warn(config: &Config) {
+    for warning in &config.warnings {
+        tracing::warn!(key = warning.key, source = %warning.source, "{}", warning.text);
+    }
 }
 
-/// Keys that differ and that a reload does not apply.
-fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
-    let fixed = |key: &str| {
+/// Whether relay and delivery have to start again.
+fn works_differently(old: &Config, new: &Config, environment: &Environment) -> bool {
+    let prints = |config: &Config| -> BTreeMap<String, u64> {
+        let inside = format!("environments.{environment}.");
+        let matters = |key: &str| {
+            key.strip_prefix(&inside).is_some_and(|key| {
+                key == "webhook"
+                    || ["routes", "default_route.", "delivery.", "tenants."].iter().any(|p| key.starts_with(p))
+            })
+        };
+        let effective = config.effective.iter().filter(|e| matters(&e.key));
+        effective.map(|e| (e.key.clone(), e.print)).collect()
+    };
+    prints(old) != prints(new)
+}
+
+/// Keys that a reload does not apply, with a print of each value.
+fn fixed(config: &Config) -> BTreeMap<String, u64> {
+    let is_fixed = |key: &str| {
         let inside = key.strip_prefix("environments.").and_then(|rest| rest.split_once('.')).map(|(_, inside)| inside);
         match inside {
             Some(inside) if inside.ends_with(".topic") => true,
-            Some(inside) => ["dir", "n8n.", "outbox.", "payloads.", "broker."].iter().any(|p| inside.starts_with(p)),
+            Some(inside) => {
+                inside == "dir" || ["n8n.", "outbox.", "payloads.", "broker."].iter().any(|p| inside.starts_with(p))
+            }
             None => {
-                ["state_dir", "admin.", "trace.", "signing.", "log.dir", "log.format", "log.files_max"]
+                ["state_dir", "admin.", "trace.otlp_endpoint", "signing.", "log.dir", "log.format", "log.files_max"]
                     .iter()
                     .any(|p| key.starts_with(p))
                     || ["bridge.listen", "bridge.connections_max", "bridge.header_bytes_max", "bridge.header_timeout"]
@@ -543,19 +613,25 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
             }
         }
     };
-    let values = |config: &Config| -> BTreeMap<String, String> {
-        config.effective.iter().filter(|e| fixed(&e.key)).map(|e| (e.key.clone(), e.shown.clone())).collect()
+    config.effective.iter().filter(|e| is_fixed(&e.key)).map(|e| (e.key.clone(), e.print)).collect()
+}
+
+/// Where `new` differs from what is at work. An environment that came or went is one entry.
+fn needs_restart(at_work: &BTreeMap<String, u64>, new: &BTreeMap<String, u64>) -> Vec<String> {
+    let environment = |key: &str| -> Option<String> {
+        let (name, _) = key.strip_prefix("environments.")?.split_once('.')?;
+        Some(format!("environments.{name}"))
     };
-    let (old_values, new_values) = (values(old), values(new));
-    let mut keys: Vec<_> = new_values
-        .iter()
-        .filter(|(key, value)| old_values.get(*key) != Some(value))
-        .map(|(key, _)| key.clone())
-        .chain(old_values.keys().filter(|key| !new_values.contains_key(*key)).cloned())
-        .collect();
-    keys.sort();
-    keys.dedup();
-    keys
+    let environments =
+        |keys: &BTreeMap<String, u64>| -> BTreeSet<String> { keys.keys().filter_map(|k| environment(k)).collect() };
+    let (old_environments, new_environments) = (environments(at_work), environments(new));
+    let keys: BTreeSet<_> = at_work.keys().chain(new.keys()).collect();
+    let differ = keys.into_iter().filter(|key| at_work.get(*key) != new.get(*key));
+    let named = differ.map(|key| match environment(key) {
+        Some(name) if old_environments.contains(&name) != new_environments.contains(&name) => name,
+        _ => key.clone(),
+    });
+    named.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 impl Room {
@@ -597,6 +673,16 @@ impl Room {
     async fn report(&self, name: &Environment) -> Vec<Part> {
         let part = |what: &str, level: Level, detail: String| Part::new(format!("{name}/{what}"), level, detail);
         let outbox = self.outbox.status();
+        observe::outbox::Figures {
+            environment: name.as_str(),
+            records: outbox.records,
+            bytes: outbox.bytes,
+            leased: outbox.leased,
+            poisoned: outbox.poisoned,
+            disk_free: outbox.disk_free,
+            oldest_seconds: outbox.oldest.map_or(0, |t| t.as_secs()),
+        }
+        .set();
         let full = outbox.bytes >= outbox.bytes_max || outbox.records >= outbox.count_max;
         let held = format!("{} records, {} of {}", outbox.records, Bytes(outbox.bytes), Bytes(outbox.bytes_max));
         let outbox = match (&outbox.data_loss_possible, &outbox.last_error) {

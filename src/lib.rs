@@ -14,18 +14,18 @@
 //! 4  routing references outbox broker payloads postgres n8n     one outside system each
 //! 3  supervise finals listen               tasks, readiness, watchdog, drain; who waits for what; sockets
 //! 2  observe                               events = log + metric, traces, health
-//! 1  config                                one file per part, checked newtypes
-//! 0  units ids clock event seal            words
+//! 1  config seal                           one file per part, checked newtypes; encryption at rest
+//! 0  units ids clock event                 words
 //! ```
 
 // 0
 pub mod clock;
 pub mod event;
 pub mod ids;
-pub mod seal;
 pub mod units;
 // 1
 pub mod config;
+pub mod seal;
 // 2
 pub mod observe;
 // 3

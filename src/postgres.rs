@@ -4,16 +4,19 @@
 //!
 //! # Invariants
 //! 1. With [`Options::durable`] no connection is handed out whose commits could be lost by a crash of the server
-//!    (`fsync`, `synchronous_commit`), or by the failover that it is set up for.
+//!    (`fsync`, `synchronous_commit`), or by the failover that it is set up for. What was found is pinned for the session: a
+//!    later change of the server's configuration does not reach a connection that was checked.
 //! 2. `sslmode=require` means encrypted **and** verified: chain and host name, against the system's trust store or
 //!    `ca_file`. `prefer` (the default) encrypts when the server can, and verifies only with a `ca_file`, as libpq does.
 //!    `disable` never encrypts.
 //! 3. Nothing waits for ever: connecting, every statement and every idle transaction have limits, on the server and here.
 //!
 //! # Failure
-//! A connection that broke is dropped from the pool and the next call makes a new one. PgBouncer in transaction mode is not
+//! A connection that broke is dropped from the pool and the next call makes a new one; so is one whose user went away in the
+//! middle of a statement ([`Lease`]): the next user would have to wait for that statement's end. PgBouncer in transaction mode is not
 //! supported: session settings and prepared statements do not survive there.
 
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -135,8 +138,41 @@ impl Pool {
     }
 }
 
-const DURABILITY: &str = "SELECT current_setting('synchronous_commit'), current_setting('fsync'), \
-    current_setting('synchronous_standby_names')";
+/// A connection under a statement. Dropped before [`end`](Self::end), it is closed, not given back.
+pub struct Lease(Option<Client>);
+
+impl Lease {
+    pub fn new(client: Client) -> Self {
+        Self(Some(client))
+    }
+
+    /// The statement is over: back to the pool.
+    pub fn end(mut self) {
+        self.0.take();
+    }
+}
+
+impl Deref for Lease {
+    type Target = Client;
+    fn deref(&self) -> &Client {
+        self.0.as_ref().expect("taken only at its end")
+    }
+}
+impl DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut Client {
+        self.0.as_mut().expect("taken only at its end")
+    }
+}
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(client) = self.0.take() {
+            Pool::discard(client);
+        }
+    }
+}
+
+const DURABILITY: &str = "SELECT set_config('synchronous_commit', current_setting('synchronous_commit'), false), \
+    current_setting('fsync'), current_setting('synchronous_standby_names')";
 
 /// Why a commit on such a server can be lost, and what to do.
 fn not_durable(commit: &str, fsync: &str, standbys: &str) -> Option<String> {

@@ -31,6 +31,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 RETRY_AFTER_MS = 5_000
+# Less than RETRY_AFTER_MS: what comes again has waited longer.
+KEYS_AGAIN_S = 3
 TOKEN_MAX = 8 * 1024
 
 
@@ -40,6 +42,10 @@ class Permanent(Exception):
 
 class Rejected(Exception):
     """The message is not a reference that we believe."""
+
+
+class Later(Exception):
+    """Cannot be decided now: the message has to come again."""
 
 
 def work(payload, claims):
@@ -55,7 +61,7 @@ class Appliance:
     def __init__(self, url):
         self.url = url.rstrip("/")
         self.keys = {}
-        self.fetched = 0.0
+        self.fetched = -KEYS_AGAIN_S
 
     def _call(self, path, token=None, body=None):
         headers = {}
@@ -68,16 +74,23 @@ class Appliance:
         with urllib.request.urlopen(request, timeout=30) as response:
             return response.read()
 
-    def key(self, kid):
-        # An unknown key may be a new one. Forged key ids must not make us ask all the time.
-        if kid not in self.keys and time.monotonic() - self.fetched > 10:
-            found = json.loads(self._call("/.well-known/jwks.json"))["keys"]
-            self.fetched = time.monotonic()
-            self.keys = {
-                key["kid"]: Ed25519PublicKey.from_public_bytes(unbase64url(key["x"]))
-                for key in found
-                if key.get("kty") == "OKP" and key.get("crv") == "Ed25519"
-            }
+    def key(self, kid, again):
+        """The key, or None when the appliance was asked since the message came first and has none of that name."""
+        if kid in self.keys:
+            return self.keys[kid]
+        # An unknown key may be a new one. Forged key ids must not make us ask all the time, and a good message must not
+        # be refused because we asked a moment before its key was made: it comes again when we may ask.
+        if time.monotonic() - self.fetched < KEYS_AGAIN_S:
+            if again:
+                return None
+            raise Later("its key is not known yet")
+        found = json.loads(self._call("/.well-known/jwks.json"))["keys"]
+        self.fetched = time.monotonic()
+        self.keys = {
+            key["kid"]: Ed25519PublicKey.from_public_bytes(unbase64url(key["x"]))
+            for key in found
+            if key.get("kty") == "OKP" and key.get("crv") == "Ed25519"
+        }
         return self.keys.get(kid)
 
     def payload(self, claims, reference):
@@ -91,7 +104,7 @@ def unbase64url(text):
     return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
 
 
-def verify(reference, appliance, environment, topic):
+def verify(reference, appliance, environment, topic, again=False):
     """The recipe: form, header, key, signature, and only then the claims."""
     if len(reference) > TOKEN_MAX or reference.count(".") != 2:
         raise Rejected("not a reference")
@@ -100,12 +113,14 @@ def verify(reference, appliance, environment, topic):
     try:
         header = json.loads(unbase64url(header))
         signature = unbase64url(signature)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Rejected("not a reference") from error
     # Exactly this header: what a token says about its own algorithm is not believed.
-    if set(header) != {"alg", "kid", "typ"} or header["alg"] != "EdDSA" or header["typ"] != "JWT":
+    if not isinstance(header, dict) or set(header) != {"alg", "kid", "typ"}:
         raise Rejected("not our header")
-    key = appliance.key(header["kid"])
+    if header["alg"] != "EdDSA" or header["typ"] != "JWT" or not isinstance(header["kid"], str):
+        raise Rejected("not our header")
+    key = appliance.key(header["kid"], again)
     if key is None:
         raise Rejected("signed with an unknown key")
     try:
@@ -132,7 +147,7 @@ def handle(message, consumer, letters, appliance, environment):
     reference = message.data().decode("ascii", errors="replace")
     topic = own_name(message.topic_name())
     try:
-        claims = verify(reference, appliance, environment, topic)
+        claims = verify(reference, appliance, environment, topic, again=message.redelivery_count() > 0)
     except Rejected as reason:
         properties = dict(message.properties())
         properties.update(dead_letter_reason=str(reason), original_topic=topic, original_message_id=str(message.message_id()))
@@ -172,26 +187,28 @@ def main():
     environment = setting("DEALSCALE_ENVIRONMENT", "production")
     token = setting("PULSAR_AUTH_TOKEN")
     if setting("PULSAR_AUTH_TOKEN_FILE"):
-        with open(setting("PULSAR_AUTH_TOKEN_FILE"), encoding="ascii") as file:
-            token = file.read().strip()
+
+        def token():  # asked at each connection: the file may be renewed
+            with open(setting("PULSAR_AUTH_TOKEN_FILE"), encoding="ascii") as file:
+                return file.read().strip()
+
     client = pulsar.Client(
         setting("PULSAR_SERVICE_URL", "pulsar://127.0.0.1:6650"),
         authentication=pulsar.AuthenticationToken(token) if token else None,
         tls_trust_certs_file_path=setting("PULSAR_CA_FILE"),
         logger=pulsar.ConsoleLogger(pulsar.LoggerLevel.Warn),
     )
-    consumer = client.subscribe(
-        topic,
-        setting("DEALSCALE_SUBSCRIPTION", "dealscale"),
-        # Events of one ordering key come to one worker, in order.
-        consumer_type=pulsar.ConsumerType.KeyShared,
-        initial_position=pulsar.InitialPosition.Earliest,
-        negative_ack_redelivery_delay_ms=RETRY_AFTER_MS,
-        receiver_queue_size=10,
-    )
-    place, name = topic.rsplit("/", 1)
-    letters = client.create_producer(f"{place}/dealscale.deadletter.{name.removeprefix('dealscale.')}")
-    appliance = Appliance(setting("DEALSCALE_URL", "http://127.0.0.1:8000"))
+
+    def subscribe():
+        return client.subscribe(
+            topic,
+            setting("DEALSCALE_SUBSCRIPTION", "dealscale"),
+            # Events of one ordering key come to one worker, in order.
+            consumer_type=pulsar.ConsumerType.KeyShared,
+            initial_position=pulsar.InitialPosition.Earliest,
+            negative_ack_redelivery_delay_ms=RETRY_AFTER_MS,
+            receiver_queue_size=10,
+        )
 
     running = True
 
@@ -201,6 +218,18 @@ def main():
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    place, name = topic.rsplit("/", 1)
+    consumer = None
+    while running and consumer is None:
+        try:
+            letters = client.create_producer(f"{place}/dealscale.deadletter.{name.removeprefix('dealscale.')}")
+            consumer = subscribe()
+        except pulsar.PulsarException as error:  # Pulsar is away, or the appliance has not made the topic yet
+            print(f"cannot subscribe, will try again: {error!r}", file=sys.stderr, flush=True)
+            time.sleep(RETRY_AFTER_MS / 1000)
+    if consumer is None:
+        return
+    appliance = Appliance(setting("DEALSCALE_URL", "http://127.0.0.1:8000"))
     left = int(setting("WORKER_COUNT", "0")) or -1
     while running and left != 0:
         try:

@@ -49,13 +49,13 @@ case ${1:-} in
       if [ -e "$file" ]; then cmp -s "$deb" "$file" || die "$(basename "$deb") was published with other contents: raise the version"
       else install -m 0644 "$deb" "$file"; fi
     done
-    for arch in amd64 arm64; do
+    for arch in amd64; do
       mkdir -p "$dists/$COMPONENT/binary-$arch"
       (cd "$repo" && apt-ftparchive --arch "$arch" packages "pool/$COMPONENT") >"$dists/$COMPONENT/binary-$arch/Packages"
       gzip -9kfn "$dists/$COMPONENT/binary-$arch/Packages"
     done
     apt-ftparchive -o "APT::FTPArchive::Release::Origin=dealscale" -o "APT::FTPArchive::Release::Suite=$SUITE" \
-      -o "APT::FTPArchive::Release::Codename=$SUITE" -o "APT::FTPArchive::Release::Architectures=amd64 arm64" \
+      -o "APT::FTPArchive::Release::Codename=$SUITE" -o "APT::FTPArchive::Release::Architectures=amd64" \
       -o "APT::FTPArchive::Release::Components=$COMPONENT" release "$dists" >"$dists.new"
     mv "$dists.new" "$dists/Release"
     sign --clearsign -o "$dists/InRelease" "$dists/Release"

@@ -27,7 +27,7 @@ use axum::{Json, Router};
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 
-pub use outbox::RecordView;
+pub use outbox::{RecordView, absent};
 pub use socket::{Peer, bind as bind_socket};
 
 use crate::ids::Environment;
@@ -48,6 +48,7 @@ pub struct Admin {
 impl Admin {
     /// `/healthz`, `/readyz`, `/metrics`.
     pub fn public(&self) -> Router {
+        observe::started();
         Router::new()
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(readyz))
@@ -88,7 +89,9 @@ async fn readyz(State(admin): State<Admin>) -> Response {
     (status, Json(report)).into_response()
 }
 
-async fn metrics() -> Response {
+async fn metrics(State(admin): State<Admin>) -> Response {
+    // Moves the gauges of the parts.
+    (admin.report)().await;
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], observe::render()).into_response()
 }
 

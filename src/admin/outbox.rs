@@ -1,6 +1,6 @@
 //! `/admin/outbox/*`: the running outbox for `dealscale outbox`.
 
-use axum::extract::{ConnectInfo, Path, Query, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -18,7 +18,9 @@ use crate::outbox::{Append, Error, Found, Sequence};
 pub(super) fn router() -> Router<Admin> {
     Router::new()
         .route("/admin/outbox/status", get(status))
-        .route("/admin/outbox/records", get(list).post(import))
+        // Records are as large as `bridge.body_max` allows, and who may open the socket may do more than fill the memory.
+        .route("/admin/outbox/records", get(list).post(import).layer(DefaultBodyLimit::disable()))
+        .route("/admin/outbox/unreadable", get(unreadable))
         .route("/admin/outbox/records/{sequence}", get(show).delete(discard))
         .route("/admin/outbox/records/{sequence}/requeue", post(requeue))
         .route("/admin/outbox/acknowledge-loss", post(acknowledge))
@@ -47,7 +49,7 @@ impl RecordView {
             sequence: Some(found.sequence.0),
             leased: found.leased,
             poisoned: found.poisoned.clone(),
-            bytes: found.event.body.len() as u64,
+            bytes: found.body_bytes,
             envelope: found.event.envelope.clone(),
             body: body.then(|| STANDARD.encode(&found.event.body)),
         }
@@ -110,7 +112,11 @@ async fn list(
     Query(query): Query<ListQuery>,
 ) -> Result<Response, Response> {
     let limit = query.limit.clamp(1, 1_000);
-    let found = admin.outbox(&headers)?.list(query.tenant, query.poisoned, query.after.map(Sequence), limit).await;
+    let (outbox, after) = (admin.outbox(&headers)?, query.after.map(Sequence));
+    let found = match query.body {
+        true => outbox.list_with_bodies(query.poisoned, after, limit).await,
+        false => outbox.list(query.tenant, query.poisoned, after, limit).await,
+    };
     let found = found.map_err(|e| failed(&e))?;
     let records: Vec<_> = found.iter().map(|f| RecordView::new(f, query.body)).collect();
     Ok(Json(json!({ "records": records })).into_response())
@@ -118,18 +124,31 @@ async fn list(
 
 async fn show(State(admin): State<Admin>, headers: HeaderMap, Path(sequence): Path<u64>) -> Result<Response, Response> {
     let outbox = admin.outbox(&headers)?;
-    for poisoned in [false, true] {
-        let after = sequence.checked_sub(1).map(Sequence);
-        let found = outbox.list(None, poisoned, after, 1).await.map_err(|e| failed(&e))?;
-        if let Some(found) = found.first().filter(|f| f.sequence.0 == sequence) {
-            return Ok(Json(RecordView::new(found, true)).into_response());
+    match outbox.record(Sequence(sequence)).await.map_err(|e| failed(&e))? {
+        Some(found) => Ok(Json(RecordView::new(&found, true)).into_response()),
+        None => {
+            let why = absent(outbox, sequence).await.map_err(|e| failed(&e))?;
+            Err(problem(StatusCode::NOT_FOUND, "No such record", &why))
         }
     }
-    Err(problem(
-        StatusCode::NOT_FOUND,
-        "No such record",
-        "it has left the outbox, or never was; see `dealscale executions`",
-    ))
+}
+
+/// Why there is nothing to show of a sequence.
+pub async fn absent(outbox: &crate::outbox::Outbox, sequence: u64) -> Result<String, Error> {
+    let unreadable = outbox.unreadable(false).await?.into_iter().find(|record| record.sequence.0 == sequence);
+    Ok(match unreadable {
+        Some(record) => format!(
+            "record {sequence} of tenant {} is there and cannot be read ({}); `dealscale outbox repair --discard {sequence}` lets it go",
+            record.tenant, record.why
+        ),
+        None => format!("record {sequence} has left the outbox, or never was; see `dealscale executions`"),
+    })
+}
+
+/// What was poisoned because nobody can read it.
+async fn unreadable(State(admin): State<Admin>, headers: HeaderMap) -> Result<Response, Response> {
+    let records = admin.outbox(&headers)?.unreadable(false).await.map_err(|e| failed(&e))?;
+    Ok(Json(json!({ "records": records })).into_response())
 }
 
 async fn repair(
@@ -197,16 +216,18 @@ async fn import(
 ) -> Result<Response, Response> {
     let outbox = admin.outbox(&headers)?;
     let mut items = Vec::with_capacity(records.len());
+    let mut ids = Vec::with_capacity(records.len());
     for record in records {
+        ids.push(record.envelope.execution_id);
         let event = record.into_event().map_err(|e| problem(StatusCode::BAD_REQUEST, "Not an exported record", &e))?;
         items.push(Append { event, idempotency_key: None, answer: Default::default() });
     }
     let (mut imported, mut duplicates, mut refused) = (0, 0, Vec::new());
-    for result in outbox.append_batch(items).await {
+    for (result, id) in outbox.append_batch(items).await.into_iter().zip(ids) {
         match result {
             Ok(appended) if appended.duplicate => duplicates += 1,
             Ok(_) => imported += 1,
-            Err(error) => refused.push(error.to_string()),
+            Err(error) => refused.push(format!("{id}: {error}")),
         }
     }
     tracing::warn!(target: "dealscale::audit", imported, duplicates, refused = refused.len(), uid = ?peer.uid, "records were imported");

@@ -1,7 +1,7 @@
 //! The Unix socket and who is at the other end.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
 use axum::extract::connect_info::Connected;
@@ -28,6 +28,13 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
+    // A file that is no socket answers a connect as a stale socket does, and is not ours to remove.
+    if std::fs::symlink_metadata(path).is_ok_and(|m| !m.file_type().is_socket()) {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "there is something that is not a socket; admin.socket must be a path of its own",
+        ));
+    }
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another appliance answers on this socket")),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
@@ -40,4 +47,28 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
         let _ = std::os::unix::fs::chown(path, None, Some(group.gid.as_raw()));
     }
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_a_living_one_and_a_foreign_file_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new/admin.sock");
+        let living = bind(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        assert_eq!(bind(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        // A killed process leaves its file.
+        drop(living);
+        drop(bind(&path).unwrap());
+        let precious = dir.path().join("precious");
+        std::fs::write(&precious, "data").unwrap();
+        assert_eq!(bind(&precious).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        assert_eq!(bind(&link).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&precious).unwrap(), b"data");
+    }
 }

@@ -13,17 +13,14 @@ use utoipa::ToSchema;
 use super::Bridge;
 use super::executions::{Cursor, Execution, POISONED, StateNow};
 use super::replay::Job;
-use super::request;
+use super::request::{self, Limit};
 use super::respond::{Kind, Problem};
 use super::routes::{Asked, Asking, Right, SMALL, answer, body, expect_json, id, json, segment};
 use crate::clock::Timestamp;
 use crate::event::State as Phase;
-use crate::ids::{Key, Tenant, Workflow};
+use crate::ids::{ErrorClass, ExecutionId, Key, Tenant, Workflow};
 use crate::outbox::Sequence;
 use crate::payloads::Filter;
-
-/// Longer than any class of error that delivery knows.
-const ERROR_CLASS_MAX: usize = 100;
 
 /// One page of dead letters.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -38,12 +35,12 @@ pub struct DeadLetterPage {
 #[utoipa::path(
     get, path = "/dead-letters", tag = "dead letters",
     params(
-        ("tenant" = Option<String>, Query, description = "Only this tenant's", pattern = "^[a-z0-9][a-z0-9-]{0,62}$"),
-        ("workflow" = Option<String>, Query, description = "Only of this workflow", min_length = 1, max_length = 200),
-        ("error_class" = Option<String>, Query, description = "Only with this class of error", min_length = 1, max_length = 100),
-        ("since" = Option<String>, Query, description = "Accepted at this time or later (RFC 3339)", format = DateTime),
-        ("until" = Option<String>, Query, description = "Accepted before this time (RFC 3339)", format = DateTime),
-        ("limit" = Option<u16>, Query, description = "Events in a page; 50 when not given", minimum = 1, maximum = 500),
+        ("tenant" = Option<Tenant>, Query, description = "Only this tenant's"),
+        ("workflow" = Option<Workflow>, Query, description = "Only of this workflow"),
+        ("error_class" = Option<ErrorClass>, Query, description = "Only with this class of error"),
+        ("since" = Option<Timestamp>, Query, description = "Accepted at this time or later (RFC 3339)"),
+        ("until" = Option<Timestamp>, Query, description = "Accepted before this time (RFC 3339)"),
+        ("limit" = Option<Limit>, Query, description = "Events in a page; 50 when not given"),
         ("cursor" = Option<String>, Query, description = "`next_cursor` of the former page"),
     ),
     responses((status = 200, description = "One page", body = DeadLetterPage))
@@ -53,11 +50,7 @@ pub async fn list(State(bridge): State<Bridge>, request: Request) -> Response<Bo
         let asked = bridge.asked(&head, Right::Read).await?;
         let names = ["tenant", "workflow", "error_class", "since", "until", "limit", "cursor"];
         let asking = Asking::read(&head.uri, &names)?;
-        let error_class = asking.text("error_class").map(str::to_owned);
-        if error_class.as_ref().is_some_and(|class| class.is_empty() || class.len() > ERROR_CLASS_MAX) {
-            return Err(Problem::malformed(format!("query parameter error_class: 1 to {ERROR_CLASS_MAX} bytes")));
-        }
-        let filter = Filter { states: vec![Phase::Dead], error_class, ..asked.filter(&asking)? };
+        let filter = Filter { states: vec![Phase::Dead], ..asked.filter(&asking)? };
         let page = asked.dead(filter, asking.text("cursor")).await?;
         Ok(json(StatusCode::OK, &page))
     })
@@ -109,8 +102,8 @@ impl Asked {
 #[utoipa::path(
     get, path = "/dead-letters/{id}", tag = "dead letters",
     params(
-        ("id" = uuid::Uuid, Path, description = "execution_id"),
-        ("tenant" = Option<String>, Query, description = "Needed by callers of several tenants", pattern = "^[a-z0-9][a-z0-9-]{0,62}$"),
+        ("id" = ExecutionId, Path, description = "execution_id"),
+        ("tenant" = Option<Tenant>, Query, description = "Whose it is; needed where two of the caller's tenants have the id"),
     ),
     responses((status = 200, description = "The dead letter", body = Execution))
 )]
@@ -127,8 +120,8 @@ pub async fn show(State(bridge): State<Bridge>, request: Request) -> Response<Bo
 #[utoipa::path(
     post, path = "/dead-letters/{id}/replay", tag = "dead letters",
     params(
-        ("id" = uuid::Uuid, Path, description = "execution_id"),
-        ("tenant" = Option<String>, Query, description = "Needed by callers of several tenants", pattern = "^[a-z0-9][a-z0-9-]{0,62}$"),
+        ("id" = ExecutionId, Path, description = "execution_id"),
+        ("tenant" = Option<Tenant>, Query, description = "Whose it is; needed where two of the caller's tenants have the id"),
     ),
     responses(
         (status = 202, description = "It is due now", body = StateNow),
@@ -156,8 +149,8 @@ pub async fn replay(State(bridge): State<Bridge>, request: Request) -> Response<
 #[utoipa::path(
     delete, path = "/dead-letters/{id}", tag = "dead letters",
     params(
-        ("id" = uuid::Uuid, Path, description = "execution_id"),
-        ("tenant" = Option<String>, Query, description = "Needed by callers of several tenants", pattern = "^[a-z0-9][a-z0-9-]{0,62}$"),
+        ("id" = ExecutionId, Path, description = "execution_id"),
+        ("tenant" = Option<Tenant>, Query, description = "Whose it is; needed where two of the caller's tenants have the id"),
     ),
     responses(
         (status = 200, description = "It is gone", body = StateNow),
@@ -185,21 +178,16 @@ pub async fn discard(State(bridge): State<Bridge>, request: Request) -> Response
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ReplayRequest {
-    #[schema(value_type = Option<String>, pattern = "^[a-z0-9][a-z0-9-]{0,62}$")]
     #[serde(default)]
     pub tenant: Option<Tenant>,
-    #[schema(value_type = Option<String>, min_length = 1, max_length = 200, pattern = r"^[ -~]+$")]
     #[serde(default)]
     pub workflow: Option<Workflow>,
-    #[schema(max_length = 100)]
     #[serde(default)]
-    pub error_class: Option<String>,
+    pub error_class: Option<ErrorClass>,
     /// Accepted at this time or later.
-    #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default)]
     pub since: Option<Timestamp>,
     /// Accepted before this time.
-    #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default)]
     pub until: Option<Timestamp>,
     /// Only count.
@@ -242,7 +230,7 @@ pub async fn replay_many(State(bridge): State<Bridge>, request: Request) -> Resp
             tenants: asked.caller.tenants().map(<[_]>::to_vec),
             states: vec![Phase::Dead],
             workflow: wanted.workflow,
-            error_class: wanted.error_class,
+            error_class: wanted.error_class.map(|class| class.to_string()),
             since: wanted.since,
             // What dies while the job runs is not its business.
             until: Some(wanted.until.map_or(now, |until| until.min(now))),
@@ -284,7 +272,6 @@ pub async fn replay_status(State(bridge): State<Bridge>, request: Request) -> Re
 /// A message that was refused at the door of delivery.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct RejectedMessage {
-    #[schema(value_type = String, format = DateTime)]
     pub at: Timestamp,
     pub topic: String,
     pub message_id: String,

@@ -3,6 +3,7 @@
 //! An answer merges the outbox (events that the relay has not taken yet: `accepted`, and poisoned ones) with the ledger
 //! (everything later). An event moves from the one to the other at any moment, so both are asked until one knows it.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -13,46 +14,38 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::auth::Caller;
+use super::request::{Limit, Wait};
 use super::respond::{Kind, Problem};
 use super::routes::{Asked, Asking, Right, answer, id, json};
 use super::{Bridge, Live, Room};
 use crate::clock::Timestamp;
-use crate::event::{Envelope, State as Phase};
-use crate::ids::{ExecutionId, Key, Tenant, Workflow};
+use crate::event::{Content, Envelope, State as Phase};
+use crate::ids::{ErrorClass, ExecutionId, Key, Tenant, Workflow};
 use crate::observe::bridge as events;
 use crate::outbox::{Cancelled, Found, Sequence};
 use crate::payloads::{Attempt, Filter, Row};
-use crate::units::Span;
 
 /// An event and what became of it.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Execution {
-    #[schema(value_type = uuid::Uuid)]
     pub execution_id: ExecutionId,
-    #[schema(value_type = String, example = "default")]
     pub tenant_id: Tenant,
     pub state: Phase,
     /// Nothing more happens unless an operator acts.
     pub r#final: bool,
-    #[schema(value_type = Option<String>)]
     pub workflow: Option<Workflow>,
     pub topic: String,
     pub route: String,
     pub priority: u8,
     pub ordering_key: Option<String>,
     pub metadata: std::collections::BTreeMap<String, String>,
-    #[schema(value_type = String, format = DateTime)]
     pub accepted_at: Timestamp,
-    #[schema(value_type = Option<String>, format = DateTime)]
     pub deliver_at: Option<Timestamp>,
     /// Attempts that were begun.
     pub attempts: u32,
     /// When the next attempt is due, if one is.
-    #[schema(value_type = Option<String>, format = DateTime)]
     pub next_at: Option<Timestamp>,
-    #[schema(value_type = Option<String>, format = DateTime)]
     pub updated_at: Option<Timestamp>,
-    #[schema(value_type = Option<String>, format = DateTime)]
     pub finished_at: Option<Timestamp>,
     /// Why it is dead, failed or unknown.
     pub error_class: Option<String>,
@@ -134,12 +127,21 @@ impl Execution {
 
     /// A record of the outbox: `accepted`, or `dead` when it was poisoned.
     pub(super) fn of_record(found: Found, history: bool) -> Self {
-        let (envelope, bytes) = (found.event.envelope, found.event.body.len() as u64);
-        let state = if found.poisoned.is_some() { Phase::Dead } else { Phase::Accepted };
+        let (envelope, bytes) = (found.event.envelope, found.body_bytes);
+        let state = match (&found.poisoned, &envelope.content) {
+            (Some(_), _) => Phase::Dead,
+            // Over already, only not in the ledger yet.
+            (None, Content::Done { state, .. }) => *state,
+            (None, _) => Phase::Accepted,
+        };
+        let call = Attempt::of_call(&envelope);
+        let poisoned = found.poisoned.as_ref().map(|_| POISONED.to_owned());
         Self {
-            error_class: found.poisoned.as_ref().map(|_| POISONED.to_owned()),
-            error: found.poisoned,
-            history: history.then(Vec::new),
+            attempts: u32::from(call.is_some()),
+            error_class: poisoned.or_else(|| call.as_ref()?.error_class.clone()),
+            error: found.poisoned.or_else(|| call.as_ref()?.error.clone()),
+            n8n_execution_id: call.as_ref().and_then(|call| call.n8n_execution_id.clone()),
+            history: history.then(|| call.into_iter().collect()),
             ..Self::new(envelope, state, bytes)
         }
     }
@@ -149,8 +151,8 @@ impl Execution {
 #[utoipa::path(
     get, path = "/executions/{id}", tag = "executions",
     params(
-        ("id" = uuid::Uuid, Path, description = "execution_id"),
-        ("tenant" = Option<String>, Query, description = "Needed by callers of several tenants", pattern = "^[a-z0-9][a-z0-9-]{0,62}$"),
+        ("id" = ExecutionId, Path, description = "execution_id"),
+        ("tenant" = Option<Tenant>, Query, description = "Whose it is; needed where two of the caller's tenants have the id"),
     ),
     responses((status = 200, description = "The event", body = Execution))
 )]
@@ -164,19 +166,37 @@ pub async fn show(State(bridge): State<Bridge>, request: Request) -> Response<Bo
     .await
 }
 
+/// Tenants with events in the outbox that are asked for an id without a tenant. Events are there for milliseconds, or all
+/// of them while the ledger is away.
+const WAITING_TENANTS_MAX: usize = 1_000;
+
 impl Asked {
-    /// The tenants that an id without `?tenant=` may belong to.
-    fn candidates(&self) -> Vec<Tenant> {
+    /// The tenants of the caller's that have this id, as far as that can be known before the events are read: an id without
+    /// `?tenant=` may belong to any tenant that a pattern admits.
+    async fn candidates(&self, id: ExecutionId) -> Result<BTreeSet<Tenant>, Problem> {
         if let Some(only) = self.caller.only_tenant() {
-            return vec![only];
+            return Ok(BTreeSet::from([only]));
         }
-        let declared = self.room.env.config.tenants.iter().map(|t| t.pattern.as_str());
-        let granted = self.caller.grant.tenants.iter().map(|p| p.as_str());
-        let mut names: Vec<_> = declared.chain(granted).filter_map(|name| Tenant::try_new(name).ok()).collect();
-        names.retain(|name| self.caller.may_use(name));
-        names.sort();
-        names.dedup();
-        names
+        let parts = &self.room.parts;
+        let mut found = BTreeSet::new();
+        // First the outbox, then the ledger: between the two an event moves in this direction only.
+        let exact = self.room.env.config.tenants.iter().map(|t| t.pattern.as_str());
+        let exact = exact.chain(self.caller.grant.tenants.iter().map(|p| p.as_str()));
+        let mut waiting: BTreeSet<_> = exact.filter_map(|name| Tenant::try_new(name).ok()).collect();
+        waiting.extend(parts.outbox.status().tenants.keys().filter_map(|name| Tenant::try_new(name).ok()));
+        for tenant in waiting.into_iter().filter(|t| self.caller.may_use(t)).take(WAITING_TENANTS_MAX) {
+            let key = Key { tenant, execution_id: id };
+            if parts.outbox.find(&key).await?.is_some() {
+                found.insert(key.tenant);
+            }
+        }
+        match parts.store.tenants_of(id).await {
+            Ok(tenants) => found.extend(tenants.into_iter().filter(|t| self.caller.may_use(t))),
+            // The ledger is down: what the outbox knows is true, and better than nothing.
+            Err(_) if !found.is_empty() => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(found)
     }
 
     /// The event with this id, as far as the caller may see it.
@@ -190,9 +210,9 @@ impl Asked {
         history: bool,
     ) -> Result<(Key, Execution), Problem> {
         let tenants = match asking.parse::<Tenant>("tenant")? {
-            Some(tenant) if self.caller.may_use(&tenant) => vec![tenant],
+            Some(tenant) if self.caller.may_use(&tenant) => BTreeSet::from([tenant]),
             Some(_) => return Err(Problem::no_execution()),
-            None => self.candidates(),
+            None => self.candidates(id).await?,
         };
         let mut found = None;
         for tenant in tenants {
@@ -233,20 +253,16 @@ impl Room {
     }
 }
 
-/// Page sizes of lists.
-const LIMIT: usize = 50;
-const LIMIT_MAX: usize = 500;
-
 /// Events, newest first; those still in the outbox come before those in the ledger.
 #[utoipa::path(
     get, path = "/executions", tag = "executions",
     params(
-        ("tenant" = Option<String>, Query, description = "Only this tenant's", pattern = "^[a-z0-9][a-z0-9-]{0,62}$"),
+        ("tenant" = Option<Tenant>, Query, description = "Only this tenant's"),
         ("state" = Option<Phase>, Query, description = "Only in this state"),
-        ("workflow" = Option<String>, Query, description = "Only of this workflow", min_length = 1, max_length = 200),
-        ("since" = Option<String>, Query, description = "Accepted at this time or later (RFC 3339)", format = DateTime),
-        ("until" = Option<String>, Query, description = "Accepted before this time (RFC 3339)", format = DateTime),
-        ("limit" = Option<u16>, Query, description = "Events in a page; 50 when not given", minimum = 1, maximum = 500),
+        ("workflow" = Option<Workflow>, Query, description = "Only of this workflow"),
+        ("since" = Option<Timestamp>, Query, description = "Accepted at this time or later (RFC 3339)"),
+        ("until" = Option<Timestamp>, Query, description = "Accepted before this time (RFC 3339)"),
+        ("limit" = Option<Limit>, Query, description = "Events in a page; 50 when not given"),
         ("cursor" = Option<String>, Query, description = "`next_cursor` of the former page"),
     ),
     responses((status = 200, description = "One page", body = ExecutionPage))
@@ -302,17 +318,13 @@ impl Asked {
         if let Some(tenant) = &tenant {
             self.room.env.tenant(&self.caller, tenant)?;
         }
-        let limit = match asking.parse::<usize>("limit")? {
-            None => LIMIT,
-            Some(n) if (1..=LIMIT_MAX).contains(&n) => n,
-            Some(_) => return Err(Problem::malformed(format!("query parameter limit: 1 to {LIMIT_MAX}"))),
-        };
+        let limit = asking.parse("limit")?.unwrap_or(Limit::DEFAULT).0;
         Ok(Filter {
             tenant,
             tenants: self.caller.tenants().map(<[_]>::to_vec),
             states: asking.parse::<Phase>("state")?.into_iter().collect(),
             workflow: asking.parse("workflow")?,
-            error_class: None,
+            error_class: asking.parse::<ErrorClass>("error_class")?.map(|class| class.to_string()),
             since: asking.parse("since")?,
             until: asking.parse("until")?,
             cursor: None,
@@ -369,8 +381,9 @@ impl Asked {
                     && filter.workflow.as_ref().is_none_or(|w| envelope.workflow.as_ref() == Some(w))
                     && filter.since.is_none_or(|t| envelope.accepted_at >= t)
                     && filter.until.is_none_or(|t| envelope.accepted_at < t);
-                if fits {
-                    into.push(Execution::of_record(record, false));
+                let execution = Execution::of_record(record, false);
+                if fits && (filter.states.is_empty() || filter.states.contains(&execution.state)) {
+                    into.push(execution);
                     if into.len() == filter.limit {
                         return Ok((!last).then(|| after.map(|s| format!("o{}", base36(s.0)))).flatten());
                     }
@@ -387,7 +400,6 @@ impl Asked {
 /// The state after a cancel.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct StateNow {
-    #[schema(value_type = uuid::Uuid)]
     pub execution_id: ExecutionId,
     pub state: Phase,
 }
@@ -398,8 +410,8 @@ pub struct StateNow {
 #[utoipa::path(
     delete, path = "/executions/{id}", tag = "executions",
     params(
-        ("id" = uuid::Uuid, Path, description = "execution_id"),
-        ("tenant" = Option<String>, Query, description = "Needed by callers of several tenants", pattern = "^[a-z0-9][a-z0-9-]{0,62}$"),
+        ("id" = ExecutionId, Path, description = "execution_id"),
+        ("tenant" = Option<Tenant>, Query, description = "Whose it is; needed where two of the caller's tenants have the id"),
     ),
     responses(
         (status = 200, description = "It is cancelled", body = StateNow),
@@ -435,14 +447,23 @@ impl Room {
         let deadline = tokio::time::Instant::now() + RELAY_WAIT;
         loop {
             match self.parts.outbox.cancel(key).await? {
-                Cancelled::Done => return Ok(Phase::Cancelled),
+                // After a crash the ledger may have it as well, and the broker even have delivered it: then the ledger decides.
+                Cancelled::Done => {
+                    let known = self.parts.store.cancel(key).await;
+                    return Ok(known.ok().flatten().unwrap_or(Phase::Cancelled));
+                }
                 Cancelled::Absent => {
                     return self.parts.store.cancel(key).await?.ok_or_else(Problem::no_execution);
                 }
-                Cancelled::Leased if tokio::time::Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
                 Cancelled::Leased => {
+                    // The relay may hold it for as long as the broker is down. Once the ledger has it, the ledger can cancel it.
+                    if let Ok(Some(state)) = self.parts.store.cancel(key).await {
+                        return Ok(state);
+                    }
+                    if tokio::time::Instant::now() < deadline {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        continue;
+                    }
                     let detail = "the event is on its way to the ledger; try again in a moment";
                     return Err(Problem::new(Kind::LedgerUnavailable, detail));
                 }
@@ -465,9 +486,9 @@ impl Caller {
 #[utoipa::path(
     get, path = "/executions/{id}/wait", tag = "executions",
     params(
-        ("id" = uuid::Uuid, Path, description = "execution_id"),
-        ("tenant" = Option<String>, Query, description = "Needed by callers of several tenants", pattern = "^[a-z0-9][a-z0-9-]{0,62}$"),
-        ("timeout" = Option<String>, Query, description = "`30`, `30s` or `500ms`, at most `bridge.wait_max`; that when not given", pattern = "^([0-9]|[1-5][0-9])s?$"),
+        ("id" = ExecutionId, Path, description = "execution_id"),
+        ("tenant" = Option<Tenant>, Query, description = "Whose it is; needed where two of the caller's tenants have the id"),
+        ("timeout" = Option<Wait>, Query, description = "`30`, `30s` or `500ms`, at most `bridge.wait_max`; that when not given"),
     ),
     responses(
         (status = 200, description = "It is final", body = Execution),
@@ -485,7 +506,7 @@ impl Bridge {
     async fn wait(&self, mut head: Head) -> Result<Response<Body>, Problem> {
         let asked = self.asked(&head, Right::Read).await?;
         let asking = Asking::read(&head.uri, &["tenant", "timeout"])?;
-        let timeout = timeout(asking.text("timeout"), &asked.live)?;
+        let timeout = timeout(asking.parse("timeout")?, &asked.live)?;
         let deadline = tokio::time::Instant::now() + timeout;
         let (key, mut execution) = asked.find(id(&mut head).await?, &asking, true).await?;
         // Subscribed before the look that decides, so that no end falls between the two.
@@ -511,16 +532,13 @@ impl Bridge {
     }
 }
 
-fn timeout(text: Option<&str>, live: &Live) -> Result<Duration, Problem> {
+fn timeout(wanted: Option<Wait>, live: &Live) -> Result<Duration, Problem> {
     let max = live.bridge.wait_max;
-    let Some(text) = text else { return Ok(max.0) };
-    let span = match text.parse::<u64>() {
-        Ok(seconds) => Some(Span::secs(seconds.min(1 << 32))),
-        Err(_) => text.parse::<Span>().ok(),
-    };
-    span.filter(|span| *span <= max)
-        .map(|span| span.0)
-        .ok_or_else(|| Problem::malformed(format!("query parameter timeout: a span such as 30s, at most {max}")))
+    match wanted {
+        None => Ok(max.0),
+        Some(Wait(span)) if span <= max => Ok(span.0),
+        Some(_) => Err(Problem::malformed(format!("query parameter timeout: at most {max}"))),
+    }
 }
 
 #[cfg(test)]

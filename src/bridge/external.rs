@@ -20,13 +20,14 @@ use utoipa::ToSchema;
 
 use super::auth::bearer;
 use super::executions::StateNow;
+use super::request::{self, Whole};
 use super::respond::{Kind, Problem};
 use super::routes::{Asking, SMALL, address, answer, body, expect_json, id, json};
-use super::{Bridge, Env, Parts, request};
+use super::{Bridge, Env, Parts};
 use crate::broker::{Claims, Rejection};
 use crate::config::routes::ConsumerKind;
 use crate::event::{Content, State as Phase};
-use crate::ids::BodyHash;
+use crate::ids::{BodyHash, ExecutionId};
 use crate::payloads::{Attempt, Row};
 
 /// Public keys that verify references (RFC 7517).
@@ -53,7 +54,7 @@ pub async fn keys(State(bridge): State<Bridge>) -> Response<Body> {
 /// The body of the event that the bearer's reference names.
 #[utoipa::path(
     get, path = "/executions/{id}/payload", tag = "external workers",
-    params(("id" = uuid::Uuid, Path, description = "execution_id of the reference")),
+    params(("id" = ExecutionId, Path, description = "execution_id of the reference")),
     responses(
         (status = 200, description = "The body, with its own content type", body = serde_json::Value, content_type = "application/json",
          headers(("Content-Digest" = String, description = "RFC 9530"), ("X-Dealscale-Payload-Sha256" = String, description = "As in the reference"))),
@@ -112,10 +113,10 @@ pub struct ResultRequest {
     #[serde(default)]
     pub retry: bool,
     /// How long the work took.
-    #[schema(minimum = 0)]
+    #[schema(value_type = Option<u64>, minimum = 0, maximum = 31_622_400_000_u64)]
     #[serde(default)]
-    pub duration_ms: Option<u64>,
-    #[schema(max_length = 200)]
+    pub duration_ms: Option<Whole>,
+    /// At most 200 characters are kept.
     #[serde(default)]
     pub n8n_execution_id: Option<String>,
 }
@@ -128,11 +129,19 @@ pub enum Ended {
 }
 
 const ERROR_MAX: usize = 4_000;
+const N8N_ID_MAX: usize = 200;
+/// A leap year; no reference lives as long. Also keeps the time when the work began within what a time can be.
+pub(super) const DURATION_MAX_MS: u64 = 366 * 86_400_000;
+
+/// The beginning of a worker's text, without control characters but for line ends and tabs: databases refuse some of them.
+fn kept(text: &str, max: usize) -> String {
+    text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).take(max).collect()
+}
 
 /// End the event that the bearer's reference names. Repeating it answers the same.
 #[utoipa::path(
     post, path = "/executions/{id}/result", tag = "external workers",
-    params(("id" = uuid::Uuid, Path, description = "execution_id of the reference")),
+    params(("id" = ExecutionId, Path, description = "execution_id of the reference")),
     request_body(content = ResultRequest, content_type = "application/json"),
     responses(
         (status = 200, description = "Its state now", body = StateNow),
@@ -150,6 +159,9 @@ pub async fn result(State(bridge): State<Bridge>, request: Request) -> Response<
         if ended.retry && ended.state == Ended::Succeeded {
             return Err(Problem::malformed("retry goes with state \"failed\""));
         }
+        if ended.duration_ms.is_some_and(|took| took.0 > DURATION_MAX_MS) {
+            return Err(Problem::malformed(format!("duration_ms is at most {DURATION_MAX_MS}")));
+        }
         let wanted = match (ended.state, ended.retry) {
             (Ended::Succeeded, _) => Phase::Succeeded,
             (Ended::Failed, false) => Phase::Failed,
@@ -158,16 +170,17 @@ pub async fn result(State(bridge): State<Bridge>, request: Request) -> Response<
         if row.state.is_final() {
             return settled(&claims, row.state, wanted);
         }
-        let error: Option<String> = ended.error.map(|e| e.chars().take(ERROR_MAX).collect());
-        let took = ended.duration_ms.unwrap_or(0);
+        let error = ended.error.map(|e| kept(&e, ERROR_MAX));
+        let duration_ms = ended.duration_ms.map(|took| took.0);
+        let took = duration_ms.unwrap_or(0);
         let attempt = Attempt {
             number: row.attempts + 1,
             started_at: bridge.0.clock.now().minus(std::time::Duration::from_millis(took)),
-            duration_ms: ended.duration_ms,
+            duration_ms,
             status: None,
             error_class: (ended.state == Ended::Failed).then(|| "error".to_owned()),
             error: error.clone(),
-            n8n_execution_id: ended.n8n_execution_id.map(|id| id.chars().take(200).collect()),
+            n8n_execution_id: ended.n8n_execution_id.map(|id| kept(&id, N8N_ID_MAX)),
             message_id: row.message_id,
             traceparent: row.envelope.traceparent,
         };

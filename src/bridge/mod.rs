@@ -54,7 +54,7 @@ use crate::clock::Clock;
 use crate::config::{self, EnvironmentConfig};
 use crate::finals::{Finals, Receipts};
 use crate::ids::{Environment, Tenant};
-use crate::n8n::N8n;
+use crate::n8n::{N8n, Signer};
 use crate::outbox::Outbox;
 use crate::payloads::Store;
 use crate::routing::Router;
@@ -103,6 +103,8 @@ struct Env {
     config: Arc<EnvironmentConfig>,
     router: Router,
     rates: limits::Rates,
+    /// For direct calls.
+    signer: Signer,
 }
 
 /// An environment as a request sees it.
@@ -175,13 +177,14 @@ impl Live {
             .values()
             .map(|e| {
                 let env = Env {
+                    signer: Signer::new(&e.delivery)?,
                     router: Router::new(Arc::new(e.clone())),
                     rates: limits::Rates::new(&e.tenants),
                     config: Arc::new(e.clone()),
                 };
-                (e.name.clone(), Arc::new(env))
+                Ok((e.name.clone(), Arc::new(env)))
             })
-            .collect();
+            .collect::<Result<_, String>>()?;
         Ok(Self {
             bridge: config.bridge.clone(),
             accounts: auth::Accounts::new(config, auth, former.map(|l| &l.accounts))?,

@@ -6,6 +6,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
+use utoipa::openapi::schema::{Schema, SchemaType};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{self, ContentBuilder, HeaderBuilder, Ref, RefOr, ResponseBuilder};
 use utoipa::{OpenApi, ToSchema};
@@ -13,6 +14,8 @@ use utoipa::{OpenApi, ToSchema};
 use super::respond::{Document, Kind};
 use super::routes::json;
 use super::{Bridge, batch, dead_letters, executions, external, publish, request};
+use crate::clock::Timestamp;
+use crate::ids::{ErrorClass, ExecutionId, OrderingKey, Tenant, Topic, Workflow};
 
 /// An event to publish.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -20,48 +23,31 @@ use super::{Bridge, batch, dead_letters, executions, external, publish, request}
 #[schema(as = Publish, example = json!({"workflow": "crm-sync", "tenant_id": "default", "payload": {"customer": 4711}}))]
 pub struct PublishRequest {
     /// The workflow that the event is for; routes look at it. This or `topic` is needed.
-    #[schema(min_length = 1, max_length = 200, pattern = r"^[^\u0000-\u001f\u007f-\u009f]+$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub workflow: Option<String>,
+    pub workflow: Option<Workflow>,
     /// A topic instead of a workflow; a route must lead to it.
-    #[schema(min_length = 1, max_length = 200, pattern = "^[a-z0-9][a-z0-9._-]*$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub topic: Option<String>,
+    pub topic: Option<Topic>,
     /// Whose event it is. Declared in the configuration and granted to the account, else 403.
-    #[schema(pattern = "^[a-z0-9][a-z0-9-]{0,62}$", example = "default")]
-    pub tenant_id: String,
+    pub tenant_id: Tenant,
     /// Any JSON value. Delivered byte for byte.
     pub payload: serde_json::Value,
     /// A UUID of the caller's own. The same id with the same payload is a duplicate, with another one 409.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub execution_id: Option<uuid::Uuid>,
+    pub execution_id: Option<ExecutionId>,
     /// Events with the same key are delivered one after the other.
-    #[schema(min_length = 1, max_length = 200, pattern = r"^[^\u0000-\u001f\u007f-\u009f]+$")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ordering_key: Option<String>,
+    pub ordering_key: Option<OrderingKey>,
     /// Not before this time (RFC 3339), at most `bridge.delay_max` ahead.
-    #[schema(format = DateTime, example = "2026-11-24T08:00:00Z")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub deliver_at: Option<String>,
+    pub deliver_at: Option<Timestamp>,
     /// 0 (first) to 9 (last); 5 when not given.
-    #[schema(minimum = 0, maximum = 9)]
+    #[schema(value_type = Option<u8>, minimum = 0, maximum = 9)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub priority: Option<u8>,
-    /// Texts that travel with the event; routes can look at them. At most 32.
-    #[schema(schema_with = metadata_schema)]
+    pub priority: Option<request::Whole>,
+    /// Texts that travel with the event; routes can look at them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub metadata: Option<std::collections::BTreeMap<String, String>>,
-}
-
-fn metadata_schema() -> openapi::Object {
-    let value = openapi::ObjectBuilder::new()
-        .schema_type(openapi::Type::String)
-        .max_length(Some(request::METADATA_VALUE_MAX / 4));
-    openapi::ObjectBuilder::new()
-        .schema_type(openapi::Type::Object)
-        .additional_properties(Some(openapi::Schema::Object(value.build())))
-        .max_properties(Some(request::METADATA_MAX))
-        .build()
+    pub metadata: Option<request::Metadata>,
 }
 
 /// The route that took an event, and why.
@@ -130,7 +116,7 @@ pub struct BatchResult {
         external::payload,
         external::result,
     ),
-    components(schemas(Document)),
+    components(schemas(Document, ErrorClass, Topic, OrderingKey, request::Limit, request::Wait)),
     security(("token" = []))
 )]
 struct Api;
@@ -144,15 +130,56 @@ pub fn document() -> openapi::OpenApi {
     };
     components.add_security_scheme("token", bearer("A service account's token, or a JWT of a configured issuer"));
     components.add_security_scheme("reference", bearer("The signed reference that came through Pulsar"));
+    needs_workflow_or_topic(components);
+    no_empty_batch(&mut api.paths);
     for (path, item) in &mut api.paths.paths {
         let methods = [(&mut item.get, false), (&mut item.post, true), (&mut item.delete, false)];
         for (operation, post) in methods {
             if let Some(operation) = operation {
+                for parameter in operation.parameters.iter_mut().flatten() {
+                    never_null(parameter);
+                }
                 share(path, post, operation);
             }
         }
     }
     api
+}
+
+/// A header or a part of a query is left out or a text; there is no null to send.
+fn never_null(parameter: &mut RefOr<openapi::path::Parameter>) {
+    if let RefOr::T(parameter) = parameter
+        && let Some(RefOr::T(Schema::Object(object))) = &mut parameter.schema
+        && let SchemaType::Array(types) = &mut object.schema_type
+    {
+        types.retain(|t| *t != openapi::Type::Null);
+        if let [only] = types.as_slice() {
+            object.schema_type = SchemaType::Type(only.clone());
+        }
+    }
+}
+
+/// A batch has at least one item.
+fn no_empty_batch(paths: &mut openapi::Paths) {
+    let batch = paths.paths.get_mut("/pulsar/publish/batch").and_then(|item| item.post.as_mut());
+    if let Some(RefOr::T(body)) = batch.and_then(|operation| operation.request_body.as_mut())
+        && let Some(RefOr::T(content)) = body.content.get_mut("application/json")
+        && let Some(RefOr::T(Schema::Array(array))) = &mut content.schema
+    {
+        array.min_items = Some(1);
+    }
+}
+
+/// Of its two optional fields a publish needs one, and `null` is none.
+fn needs_workflow_or_topic(components: &mut openapi::Components) {
+    let Some(RefOr::T(publish)) = components.schemas.remove("Publish") else { return };
+    let either = ["workflow", "topic"].map(|name| {
+        let text = openapi::ObjectBuilder::new().schema_type(openapi::Type::String);
+        openapi::ObjectBuilder::new().property(name, text).required(name)
+    });
+    let either = either.into_iter().fold(openapi::schema::AnyOfBuilder::new(), |any, one| any.item(one));
+    let both = openapi::schema::AllOfBuilder::new().item(publish).item(Schema::AnyOf(either.build()));
+    components.schemas.insert("Publish".into(), RefOr::T(both.build().into()));
 }
 
 /// What every operation may answer, and what only some do.
@@ -220,7 +247,38 @@ mod tests {
             publish["400"]["content"]["application/problem+json"]["schema"]["$ref"],
             "#/components/schemas/Problem"
         );
-        let max = request::METADATA_MAX as u64;
-        assert_eq!(api["components"]["schemas"]["Publish"]["properties"]["metadata"]["maxProperties"], max);
+        let schemas = &api["components"]["schemas"];
+        assert_eq!(schemas["Metadata"]["maxProperties"], request::METADATA_MAX as u64);
+        let event = &schemas["Publish"]["allOf"][0]["properties"];
+        assert_eq!(event["priority"]["maximum"], request::PRIORITY_MAX);
+        let key = &api["paths"]["/pulsar/publish"]["post"]["parameters"][0]["schema"];
+        assert_eq!((&key["type"], &key["maxLength"]), (&"string".into(), &request::KEY_MAX.into()));
+        let batch = &api["paths"]["/pulsar/publish/batch"]["post"]["requestBody"]["content"]["application/json"];
+        assert_eq!(batch["schema"]["minItems"], 1);
+        let took = &schemas["ResultRequest"]["properties"]["duration_ms"]["maximum"];
+        assert_eq!(*took, external::DURATION_MAX_MS);
+    }
+
+    /// Whatever the document points to is there.
+    #[test]
+    fn every_reference_leads_somewhere() {
+        fn walk(value: &serde_json::Value, found: &mut Vec<String>) {
+            match value {
+                serde_json::Value::Object(map) => {
+                    found.extend(map.get("$ref").and_then(|r| r.as_str()).map(str::to_owned));
+                    map.values().for_each(|v| walk(v, found));
+                }
+                serde_json::Value::Array(items) => items.iter().for_each(|v| walk(v, found)),
+                _ => {}
+            }
+        }
+        let api = serde_json::to_value(document()).unwrap();
+        let mut found = Vec::new();
+        walk(&api, &mut found);
+        assert!(!found.is_empty());
+        for reference in found {
+            let pointer = reference.strip_prefix('#').unwrap();
+            assert!(api.pointer(pointer).is_some(), "{reference}");
+        }
     }
 }

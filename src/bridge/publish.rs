@@ -78,6 +78,10 @@ impl Bridge {
         let decided = room.decide(&live, &caller, publish, hints, now)?;
         let slot = self.0.in_flight.enter(live.bridge.in_flight_max)?;
         if decided.route.class == Class::Short {
+            if decided.append.event.envelope.deliver_at.is_some() {
+                let detail = format!("route {:?} is short and calls n8n now: leave deliver_at out", decided.route.name);
+                return Err(Problem::malformed(detail));
+            }
             // A direct call waits for n8n, not for the outbox.
             drop(slot);
             return short::call(self, &live, &room, decided).await;

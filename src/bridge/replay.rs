@@ -47,9 +47,7 @@ pub struct Job {
     pub replayed: u64,
     /// Were no dead letters any more when their turn came.
     pub skipped: u64,
-    #[schema(value_type = String, format = DateTime)]
     pub started_at: Timestamp,
-    #[schema(value_type = Option<String>, format = DateTime)]
     pub finished_at: Option<Timestamp>,
     pub error: Option<String>,
 }

@@ -5,6 +5,7 @@
 //! 1. The payload is never parsed into values and never written anew: its hash covers exactly the caller's bytes.
 //! 2. One pass without recursion finds bodies nested deeper than `json_depth_max`, before anything else looks at them.
 //! 3. A refusal names the field and the rule. It repeats nothing of the body but the name of an unknown field.
+//! 4. What a field may hold is said by its type alone, which both reads it and describes it in the OpenAPI document.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,21 +13,25 @@ use std::fmt;
 
 use axum::http::HeaderMap;
 use bytes::Bytes;
-use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 use super::respond::Problem;
 use crate::clock::Timestamp;
 use crate::config;
 use crate::ids::{ExecutionId, OrderingKey, Tenant, Topic, Workflow};
+use crate::units::Span;
 
-/// Entries of `metadata`, and the lengths of a key and a value in bytes. They travel as message properties and headers,
-/// which brokers and servers bound as well.
+/// Entries of `metadata`, and the lengths of a key and a value in characters.
 pub const METADATA_MAX: usize = 32;
 pub const METADATA_KEY_MAX: usize = 100;
 pub const METADATA_VALUE_MAX: usize = 1_000;
 /// Bytes of an `Idempotency-Key`.
 pub const KEY_MAX: usize = 255;
+/// The last `priority`.
+pub const PRIORITY_MAX: u64 = 9;
 /// Bytes of `X-N8N-Execution-Id` and `X-N8N-Workflow-Id`; n8n's own ids have at most 36.
 const SOURCE_MAX: usize = 100;
 
@@ -58,13 +63,18 @@ impl Hints {
     /// An `Idempotency-Key` that is empty, too long, repeated or not visible ASCII. The other headers are hints for people
     /// and traces: a bad one is left out.
     pub fn read(headers: &HeaderMap) -> Result<Self, Problem> {
-        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
+        // Given twice is as good as malformed (for `traceparent`: W3C Trace Context, section 3.2).
+        let text = |name: &str| {
+            let mut values = headers.get_all(name).iter();
+            values.next().filter(|_| values.next().is_none()).and_then(|v| v.to_str().ok())
+        };
         let source = |name| text(name).filter(|v| !v.is_empty() && v.len() <= SOURCE_MAX).map(str::to_owned);
         let mut keys = headers.get_all("idempotency-key").iter();
         let idempotency_key = match (keys.next(), keys.next()) {
             (None, _) => None,
             (Some(key), None) => {
-                let good = key.to_str().ok().filter(|k| !k.is_empty() && k.len() <= KEY_MAX);
+                let visible = |k: &&str| k.bytes().all(|b| b.is_ascii_graphic());
+                let good = key.to_str().ok().filter(visible).filter(|k| !k.is_empty() && k.len() <= KEY_MAX);
                 Some(good.ok_or_else(|| Problem::malformed(BAD_KEY))?.to_owned())
             }
             (Some(_), Some(_)) => return Err(Problem::malformed("Idempotency-Key is given twice")),
@@ -88,7 +98,7 @@ impl Publish {
     pub fn read(body: &Bytes, limits: &config::Bridge, now: Timestamp) -> Result<Self, Problem> {
         depth(body, limits.json_depth_max)?;
         let text = std::str::from_utf8(body).map_err(|_| Problem::malformed("the body is not UTF-8"))?;
-        let raw: Raw<'_> = serde_json::from_str(text).map_err(syntax)?;
+        let raw: Raw<'_> = serde_json::from_str(text).map_err(|error| syntax(error, "a JSON object"))?;
         raw.check(body, limits, now)
     }
 }
@@ -98,19 +108,23 @@ impl Publish {
 /// # Errors
 /// 400: not an array (or, as NDJSON, not lines) of JSON values, or nested too deeply. 413: too many items.
 pub fn split_batch(body: &Bytes, ndjson: bool, limits: &config::Bridge) -> Result<Vec<Bytes>, Problem> {
-    // One level for the array around the items.
-    depth(body, limits.json_depth_max + 1)?;
     let text = std::str::from_utf8(body).map_err(|_| Problem::malformed("the body is not UTF-8"))?;
     let max = limits.batch_items_max as usize;
     let items: Vec<Bytes> = if ndjson {
+        // Each line is measured as an item: an open bracket or quote in one of them says nothing about the others.
         text.lines()
             .filter(|line| !line.trim().is_empty())
             .take(max + 1)
             .map(|l| body.slice_ref(l.as_bytes()))
             .collect()
     } else {
-        let raw: Vec<&RawValue> = serde_json::from_str(text).map_err(syntax)?;
-        raw.into_iter().take(max + 1).map(|item| body.slice_ref(item.get().as_bytes())).collect()
+        // One level for the array around the items.
+        depth(body, limits.json_depth_max + 1)?;
+        let mut reader = serde_json::Deserializer::from_str(text);
+        let raw = reader.deserialize_seq(Items { max });
+        let raw = raw.and_then(|raw| if raw.len() > max { Ok(raw) } else { reader.end().map(|()| raw) });
+        let raw = raw.map_err(|error| syntax(error, "a JSON array"))?;
+        raw.into_iter().map(|item| body.slice_ref(item.get().as_bytes())).collect()
     };
     if items.len() > max {
         return Err(Problem::new(super::respond::Kind::TooLarge, format!("a batch has at most {max} items")));
@@ -119,6 +133,29 @@ pub fn split_batch(body: &Bytes, ndjson: bool, limits: &config::Bridge) -> Resul
         return Err(Problem::malformed("the batch is empty"));
     }
     Ok(items)
+}
+
+/// The items of an array, as they stand there; one more than `max` at most, whatever follows.
+struct Items {
+    max: usize,
+}
+
+impl<'de> Visitor<'de> for Items {
+    type Value = Vec<&'de RawValue>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array")
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = seq.next_element()? {
+            items.push(item);
+            if items.len() > self.max {
+                // Reading on could only cost memory. The rest is skipped, so that the parser ends well.
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+            }
+        }
+        Ok(items)
+    }
 }
 
 /// Refuses text whose brackets nest deeper than `max`. Whether it is JSON at all is for the parser to say.
@@ -151,13 +188,13 @@ fn depth(body: &[u8], max: u64) -> Result<(), Problem> {
 }
 
 /// The parser's own words are kept where they are ours or name a place, and dropped where they would quote the body.
-fn syntax(error: serde_json::Error) -> Problem {
+fn syntax(error: serde_json::Error, expected: &str) -> Problem {
     let place = format!("line {} column {}", error.line(), error.column());
     match error.classify() {
         serde_json::error::Category::Data => {
             let text = error.to_string();
             let ours = text.strip_prefix(OURS).map(|t| t.rsplit_once(" at line ").map_or(t, |(t, _)| t).to_owned());
-            Problem::malformed(ours.unwrap_or_else(|| format!("the body must be a JSON object ({place})")))
+            Problem::malformed(ours.unwrap_or_else(|| format!("the body must be {expected} ({place})")))
         }
         _ => Problem::malformed(format!("the body is not valid JSON ({place})")),
     }
@@ -179,10 +216,109 @@ struct Raw<'a> {
     execution_id: Option<Cow<'a, str>>,
     ordering_key: Option<Cow<'a, str>>,
     deliver_at: Option<Cow<'a, str>>,
-    priority: Option<u64>,
-    metadata: Option<BTreeMap<String, String>>,
+    priority: Option<Whole>,
+    metadata: Option<Metadata>,
     payload: Option<&'a RawValue>,
 }
+
+/// A whole number from 0, also where it is written `5.0` or `5e0`: JSON has one kind of numbers, and a schema's `integer`
+/// is any without a fraction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Whole(pub u64);
+
+impl<'de> Deserialize<'de> for Whole {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl Visitor<'_> for V {
+            type Value = Whole;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a whole number from 0")
+            }
+            fn visit_u64<E>(self, n: u64) -> Result<Whole, E> {
+                Ok(Whole(n))
+            }
+            fn visit_f64<E: serde::de::Error>(self, n: f64) -> Result<Whole, E> {
+                // What is larger than u64 becomes its largest value, which every limit here refuses.
+                let whole = n >= 0.0 && n.fract() == 0.0;
+                whole.then_some(Whole(n as u64)).ok_or_else(|| E::custom("expected a whole number from 0"))
+            }
+        }
+        d.deserialize_u64(V)
+    }
+}
+impl serde::Serialize for Whole {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_u64(self.0)
+    }
+}
+
+/// Texts that travel with an event.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(transparent)]
+pub struct Metadata(pub BTreeMap<String, String>);
+
+impl Metadata {
+    /// Of texts without control characters, in keys and values.
+    const PATTERN: &'static str = r"^[^\u0000-\u001f\u007f-\u009f]*$";
+
+    fn add(&mut self, key: String, value: String) -> Result<(), String> {
+        let fits = |t: &str, max: usize| t.chars().take(max + 1).count() <= max && !t.chars().any(char::is_control);
+        if key.is_empty() || !fits(&key, METADATA_KEY_MAX) {
+            return Err(format!(
+                "metadata keys have 1 to {METADATA_KEY_MAX} characters, none of them a control character"
+            ));
+        }
+        if !fits(&value, METADATA_VALUE_MAX) {
+            let max = METADATA_VALUE_MAX;
+            return Err(format!("metadata values have at most {max} characters, none of them a control character"));
+        }
+        if self.0.insert(key, value).is_some() {
+            return Err("a key of metadata is given twice".into());
+        }
+        if self.0.len() > METADATA_MAX {
+            return Err(format!("metadata has at most {METADATA_MAX} entries"));
+        }
+        Ok(())
+    }
+}
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl<'de> Visitor<'de> for V {
+            type Value = Metadata;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+                const TEXTS: &str = "metadata must be an object whose values are texts";
+                let mut metadata = Metadata::default();
+                while let Some(key) = map.next_key::<String>()? {
+                    let value = map.next_value::<String>().map_err(|_| ours(TEXTS))?;
+                    metadata.add(key, value).map_err(ours)?;
+                }
+                Ok(metadata)
+            }
+        }
+        d.deserialize_map(V)
+    }
+}
+
+impl PartialSchema for Metadata {
+    fn schema() -> RefOr<Schema> {
+        let text = |min, max| {
+            let text = ObjectBuilder::new().schema_type(Type::String).pattern(Some(Self::PATTERN));
+            Schema::from(text.min_length(min).max_length(Some(max)))
+        };
+        ObjectBuilder::new()
+            .schema_type(Type::Object)
+            .property_names(Some(text(Some(1), METADATA_KEY_MAX)))
+            .additional_properties(Some(text(None, METADATA_VALUE_MAX)))
+            .max_properties(Some(METADATA_MAX))
+            .into()
+    }
+}
+impl ToSchema for Metadata {}
 
 /// Text that borrows from the body where it has no escapes.
 struct Text<'a>(Cow<'a, str>);
@@ -257,13 +393,13 @@ impl<'de: 'a, 'a> Deserialize<'de> for Raw<'a> {
     }
 }
 
-/// A value of the wrong type; broken JSON inside the value stays what it is (its message has no mark of ours, and the
-/// caller sees its place either way).
-fn wrong<E: serde::de::Error>(_error: E, field: &str, expected: &str) -> E {
-    ours(format_args!("{field} must be {expected}"))
+/// A value of the wrong type, unless the value's own type has said more. (For broken JSON inside the value the parser
+/// keeps its own message, and the caller sees the place.)
+fn wrong<E: serde::de::Error>(error: E, field: &str, expected: &str) -> E {
+    if error.to_string().starts_with(OURS) { error } else { ours(format_args!("{field} must be {expected}")) }
 }
 
-const FIELDS: [&str; 9] =
+pub(super) const FIELDS: [&str; 9] =
     ["workflow", "topic", "tenant_id", "payload", "execution_id", "ordering_key", "deliver_at", "priority", "metadata"];
 
 impl Raw<'_> {
@@ -296,26 +432,9 @@ impl Raw<'_> {
         };
         let priority = match self.priority {
             None => None,
-            Some(n @ 0..=9) => Some(n as u8),
+            Some(Whole(n @ 0..=PRIORITY_MAX)) => Some(n as u8),
             Some(_) => return Err(Problem::malformed("priority must be a whole number from 0 to 9")),
         };
-        let metadata = self.metadata.unwrap_or_default();
-        if metadata.len() > METADATA_MAX {
-            return Err(Problem::malformed(format!("metadata has at most {METADATA_MAX} entries")));
-        }
-        for (key, value) in &metadata {
-            let clean = |t: &str| !t.chars().any(char::is_control);
-            if key.is_empty() || key.len() > METADATA_KEY_MAX || !clean(key) {
-                return Err(Problem::malformed(format!(
-                    "metadata keys have 1 to {METADATA_KEY_MAX} bytes without control characters"
-                )));
-            }
-            if value.len() > METADATA_VALUE_MAX || !clean(value) {
-                return Err(Problem::malformed(format!(
-                    "metadata values have at most {METADATA_VALUE_MAX} bytes without control characters"
-                )));
-            }
-        }
         Ok(Publish {
             tenant: Tenant::try_new(&tenant).map_err(|e| bad("tenant_id", &e))?,
             workflow: self.workflow.map(|w| Workflow::try_new(&w)).transpose().map_err(|e| bad("workflow", &e))?,
@@ -328,11 +447,64 @@ impl Raw<'_> {
                 .map_err(|e| bad("ordering_key", &e))?,
             deliver_at,
             priority,
-            metadata,
+            metadata: self.metadata.unwrap_or_default().0,
             payload: body.slice_ref(payload.get().as_bytes()),
         })
     }
 }
+
+/// `?limit=`: events in a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit(pub usize);
+
+impl Limit {
+    pub const DEFAULT: Limit = Limit(50);
+    const MAX: usize = 500;
+}
+
+impl std::str::FromStr for Limit {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = digits(text).and_then(|d| d.parse().ok());
+        number.filter(|n| (1..=Self::MAX).contains(n)).map(Self).ok_or_else(|| format!("1 to {}", Self::MAX))
+    }
+}
+
+impl PartialSchema for Limit {
+    fn schema() -> RefOr<Schema> {
+        let number = ObjectBuilder::new().schema_type(Type::Integer);
+        number.minimum(Some(1)).maximum(Some(Self::MAX)).into()
+    }
+}
+impl ToSchema for Limit {}
+
+/// `?timeout=`: seconds as a bare number, or a span with its unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wait(pub Span);
+
+impl std::str::FromStr for Wait {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, &'static str> {
+        let number = text.bytes().take_while(u8::is_ascii_digit).count();
+        let known = (1..=6).contains(&number) && ["", "ms", "s", "m", "min", "h", "d"].contains(&&text[number..]);
+        let seconds = if number == text.len() { "s" } else { "" };
+        let span = if known { format!("{text}{seconds}").parse().ok() } else { None };
+        span.map(Self).ok_or("a number of seconds, or a span such as 500ms, 30s or 1m")
+    }
+}
+
+/// `text`, if it has nothing but digits (the library's numbers may have a sign).
+fn digits(text: &str) -> Option<&str> {
+    (!text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())).then_some(text)
+}
+
+impl PartialSchema for Wait {
+    fn schema() -> RefOr<Schema> {
+        let text = ObjectBuilder::new().schema_type(Type::String);
+        text.pattern(Some("^[0-9]{1,6}(ms|s|m|min|h|d)?$")).into()
+    }
+}
+impl ToSchema for Wait {}
 
 /// A small JSON body of another request, read with the same strictness through `serde`.
 ///
@@ -347,14 +519,15 @@ pub fn small<T: serde::de::DeserializeOwned>(body: &[u8], limits: &config::Bridg
     serde_json::from_slice::<T>(body).map_err(|error| {
         // Tells wrong JSON from wrong fields; what a field's value was is not repeated.
         if serde_json::from_slice::<IgnoredAny>(body).is_err() {
-            return syntax(error);
+            return syntax(error, "a JSON object");
         }
         let text = error.to_string();
-        let named = ["unknown field", "missing field", "duplicate field"].iter().any(|p| text.starts_with(p));
-        Problem::malformed(if named {
-            text
-        } else {
+        // These words of serde's repeat the value; the others are ours, or name a field.
+        let quotes = ["invalid type", "invalid value", "invalid length", "unknown variant"];
+        Problem::malformed(if quotes.iter().any(|p| text.starts_with(p)) {
             format!("a value is wrong at line {} column {}", error.line(), error.column())
+        } else {
+            text
         })
     })
 }
@@ -362,7 +535,7 @@ pub fn small<T: serde::de::DeserializeOwned>(body: &[u8], limits: &config::Bridg
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::{Bytes as Size, Span};
+    use crate::units::Bytes as Size;
 
     pub fn limits() -> config::Bridge {
         config::parse("").unwrap().bridge
@@ -414,6 +587,25 @@ mod tests {
             (r#"{"workflow":"w","tenant_id":"a","payload":1,"deliver_at":"2030-01-01T00:00:00Z"}"#, "30d ahead"),
             (r#"{"workflow":"w","tenant_id":"a","payload":1,"metadata":{"k":1}}"#, "metadata must be an object"),
             (r#"{"workflow":"w","tenant_id":"a","payload":1,"metadata":{"":"v"}}"#, "metadata keys"),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"metadata":{"k\n":"v"}}"#, "metadata keys"),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"metadata":{"k":"\u0000"}}"#, "metadata values"),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"metadata":{"k":"1","k":"1"}}"#, "metadata is given twice"),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"metadata":{"k":null}}"#, "metadata must be an object"),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"metadata":[]}"#, "metadata must be an object"),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"priority":5.5}"#, "priority must be a whole number"),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"priority":-1}"#, "priority must be a whole number"),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"priority":1e30}"#, "priority must be a whole number"),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"priority":1e999}"#, "priority must be a whole number"),
+            (r#"{"workflow":"","tenant_id":"a","payload":1}"#, "workflow: "),
+            (r#"{"workflow":"a\u0085b","tenant_id":"a","payload":1}"#, "workflow: "),
+            (r#"{"workflow":null,"topic":null,"tenant_id":"a","payload":1}"#, "workflow or topic is missing"),
+            (r#"{"workflow":"w","tenant_id":null,"payload":1}"#, "tenant_id is missing"),
+            (
+                r#"{"workflow":"w","tenant_id":"a","payload":1,"deliver_at":"2026-11-24 12:00Z"}"#,
+                "deliver_at: expected",
+            ),
+            (r#"{"workflow":"w","tenant_id":"a","payload":1,"deliver_at":1795478400}"#, "deliver_at must be a text"),
+            ("\u{feff}{}", "not valid JSON"),
             (r#"{"workflow":"w","tenant_id":"a","payload":1,"ordering_key":""}"#, "ordering_key: "),
             ("[]", "must be a JSON object"),
             (r#"{"workflow":"w""#, "not valid JSON"),
@@ -448,6 +640,54 @@ mod tests {
     }
 
     #[test]
+    fn limits_count_characters_and_whole_numbers_may_have_a_point() {
+        let with = |name: &str, value: serde_json::Value| {
+            let mut event = serde_json::json!({"workflow": "w", "tenant_id": "a", "payload": 1});
+            event[name] = value;
+            read(&event.to_string())
+        };
+        let wide = |n: usize| "\u{1f600}".repeat(n);
+        assert!(with("workflow", wide(200).into()).is_ok() && with("workflow", wide(201).into()).is_err());
+        let metadata = |key: String, value: String| with("metadata", serde_json::json!({ key: value }));
+        assert!(metadata(wide(100), wide(1_000)).is_ok());
+        assert!(metadata(wide(101), String::new()).is_err() && metadata("k".into(), wide(1_001)).is_err());
+        let many = |n: usize| (0..n).map(|n| (n.to_string(), "".into())).collect::<serde_json::Map<_, _>>();
+        assert!(with("metadata", many(32).into()).is_ok());
+        assert!(with("metadata", many(33).into()).unwrap_err().contains("at most 32"));
+        assert_eq!(with("priority", 5.0.into()).unwrap().priority, Some(5));
+        assert_eq!(with("priority", 0.into()).unwrap().priority, Some(0));
+    }
+
+    #[test]
+    fn invariant_4_every_field_that_is_read_is_described() {
+        let api = serde_json::to_value(super::super::openapi::document()).unwrap();
+        let described = api["components"]["schemas"]["Publish"]["allOf"][0]["properties"].as_object().unwrap();
+        let mut fields = FIELDS.to_vec();
+        fields.sort_unstable();
+        assert_eq!(described.keys().map(String::as_str).collect::<Vec<_>>(), fields);
+    }
+
+    #[test]
+    fn numbers_of_a_query_are_digits() {
+        assert_eq!("500".parse(), Ok(Limit(500)));
+        for bad in ["", "0", "501", "+5", "-5", "5.0", "0x5", "99999999999999999999"] {
+            assert!(bad.parse::<Limit>().is_err(), "{bad}");
+        }
+        for (text, span) in [
+            ("0", Span::secs(0)),
+            ("30", Span::secs(30)),
+            ("30s", Span::secs(30)),
+            ("500ms", Span::millis(500)),
+            ("1m", Span::secs(60)),
+        ] {
+            assert_eq!(text.parse(), Ok(Wait(span)), "{text}");
+        }
+        for bad in ["", "s", "+5", "+5s", "-1", "1.5", "1.5s", "5 s", "\u{e4}", "5\u{e4}", "5x", "1000000"] {
+            assert!(bad.parse::<Wait>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn a_list_is_no_command() {
         #[derive(Debug, serde::Deserialize)]
         #[serde(deny_unknown_fields, default)]
@@ -473,6 +713,12 @@ mod tests {
         let split = |text: &str, ndjson| split_batch(&Bytes::copy_from_slice(text.as_bytes()), ndjson, &limits());
         assert_eq!(split(r#"[ {"a":1} , 2 ]"#, false).unwrap(), [&br#"{"a":1}"#[..], b"2"]);
         assert_eq!(split("{\"a\":1}\n\n  \r\n2\n", true).unwrap(), [&br#"{"a":1}"#[..], b"2"]);
+        assert_eq!(split("{\"a\":1}\r\n2", true).unwrap(), [&br#"{"a":1}"#[..], b"2"]);
+        // What is open in some lines is no depth of the others.
+        assert_eq!(split(&"{\"a\":[\n".repeat(500), true).unwrap().len(), 500);
+        assert!(split("[1,2", false).unwrap_err().detail.contains("not valid JSON"));
+        assert!(split("[1] x", false).unwrap_err().detail.contains("not valid JSON"));
+        assert!(split("7", false).unwrap_err().detail.contains("must be a JSON array"));
         assert!(split("[]", false).unwrap_err().detail.contains("empty"));
         assert!(split("{}", false).is_err());
         let many = format!("[{}1]", "1,".repeat(1_000));
@@ -492,6 +738,8 @@ mod tests {
         assert!(hints(&[]).unwrap().idempotency_key.is_none());
         assert!(hints(&["a", "b"]).is_err());
         assert!(hints(&[""]).is_err());
+        assert!(hints(&["a b"]).is_err() && hints(&["a\tb"]).is_err());
+        assert!(hints(&["\"5b0c\""]).is_ok());
         assert!(hints(&[&"k".repeat(256)]).is_err());
         assert!(limits().body_bytes_max == Size::mib(16));
     }

@@ -156,7 +156,7 @@ impl Problem {
 
     /// One text for every id that is not there or not the caller's, so that the two cannot be told apart.
     pub fn no_execution() -> Self {
-        Self::new(Kind::NotFound, "no such execution; a caller of several tenants names one with ?tenant=")
+        Self::new(Kind::NotFound, "no such execution")
     }
 
     /// One text for a tenant that is not declared and for one that is not granted.
@@ -246,7 +246,7 @@ impl From<outbox::Error> for Problem {
                 "the outcome is unknown; retry with the same Idempotency-Key or execution_id".into()
             }
             outbox::Error::Closed => "the appliance is stopping; retry in a moment".into(),
-            outbox::Error::Locked(_) => "the outbox is not open".into(),
+            outbox::Error::Locked(_) | outbox::Error::Open(_) => "the outbox is not open".into(),
             shown => Cow::Owned(shown.to_string()),
         };
         Self::new(kind, detail)

@@ -154,8 +154,7 @@ fn request(bridge: &Bridge, room: &Room, decided: &Decided<'_>) -> Result<Call, 
     let id = envelope.execution_id.to_string();
     let span = envelope.traceparent.as_deref().and_then(|t| t.parse::<TraceContext>().ok()).map(TraceContext::child);
     for (name, value) in [
-        ("webhook-id", Some(id.clone())),
-        ("x-dealscale-execution-id", Some(id)),
+        ("x-dealscale-execution-id", Some(id.clone())),
         ("x-dealscale-tenant", Some(envelope.tenant.to_string())),
         ("traceparent", span.map(|s| s.to_string())),
     ] {
@@ -163,8 +162,10 @@ fn request(bridge: &Bridge, room: &Room, decided: &Decided<'_>) -> Result<Call, 
             headers.insert(name, value);
         }
     }
-    authorize(&mut headers, &route.webhook_auth, bridge.0.clock.now());
-    Ok(Call { method: Method::POST, url, headers, body: decided.append.event.body.clone(), timeout: route.timeout.0 })
+    let (now, body) = (bridge.0.clock.now(), decided.append.event.body.clone());
+    room.env.signer.sign(&mut headers, &id, now, &body);
+    authorize(&mut headers, &route.webhook_auth, now);
+    Ok(Call { method: Method::POST, url, headers, body, timeout: route.timeout.0 })
 }
 
 fn named(headers: &mut HeaderMap, key: &Key) {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use reqwest::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -15,6 +16,9 @@ use crate::clock::Timestamp;
 use crate::config::broker::Pulsar;
 
 use super::auth::Auth;
+
+/// Partitions that are asked at once.
+const PARTITIONS: usize = 8;
 
 /// Why the cluster did not do what it was asked for.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -62,7 +66,15 @@ pub struct SubscriptionStats {
     pub unacked_messages: i64,
     /// Milliseconds since the epoch; 0 or less when there is none.
     pub earliest_msg_publish_time_in_backlog: i64,
-    pub consumers: Vec<Value>,
+    pub consumers: Vec<ConsumerStats>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ConsumerStats {
+    pub consumer_name: String,
+    pub address: Option<String>,
+    pub metadata: BTreeMap<String, String>,
 }
 
 impl SubscriptionStats {
@@ -306,13 +318,34 @@ impl Admin {
         self.write(Method::POST, &path, Some(partitions.into()), &format!("add partitions to {topic}")).await
     }
 
-    /// `None` when the topic does not exist.
+    /// Those that a topic has in each of its partitions: Pulsar's own list names one that any partition has, and stores
+    /// nothing in the others. `None` when the topic, or one of its partitions, does not exist.
     pub async fn subscriptions(&self, topic: &str) -> Result<Option<Vec<String>>, Error> {
+        let partitions = self.partitions(topic).await?;
+        if partitions == 0 {
+            return self.subscriptions_of(topic).await;
+        }
+        let names =
+            (0..partitions).map(|n| async move { self.subscriptions_of(&format!("{topic}-partition-{n}")).await });
+        let mut each = futures_util::stream::iter(names).buffered(PARTITIONS);
+        let mut all: Option<Vec<String>> = None;
+        while let Some(found) = each.next().await {
+            let Some(found) = found? else { return Ok(None) };
+            match &mut all {
+                None => all = Some(found),
+                Some(all) => all.retain(|name| found.contains(name)),
+            }
+        }
+        Ok(all)
+    }
+
+    async fn subscriptions_of(&self, topic: &str) -> Result<Option<Vec<String>>, Error> {
         let path = format!("{}/subscriptions", self.topic(topic));
         let value = self.read(&path, &format!("list the subscriptions of {topic}")).await?;
         Ok(value.map(|value| Self::names(Some(value)).unwrap_or_default()))
     }
 
+    /// In every partition; where it is already, nothing changes.
     pub async fn create_subscription(&self, topic: &str, subscription: &str) -> Result<(), Error> {
         let path = format!("{}/subscription/{subscription}", self.topic(topic));
         let body = serde_json::to_value(EARLIEST).expect("plain data");

@@ -76,17 +76,7 @@ impl KeyRing {
     /// # Errors
     /// What is wrong with which key or file, without its content.
     pub fn open(config: &config::Signing) -> Result<Self, String> {
-        let mut keys = HashMap::new();
-        for key in &config.keys {
-            let material = match &key.material {
-                KeyMaterial::EdDsa(pem) => Material::ed25519(pem.expose().as_bytes())
-                    .map_err(|cause| format!("signing key {:?}: {cause}", key.id))?,
-                KeyMaterial::Hs256(secret) => {
-                    Material::Hs256(Box::new(hmac::Key::new(hmac::HMAC_SHA256, secret.expose().as_bytes())))
-                }
-            };
-            keys.insert(key.id.clone(), Key::new(&key.id, material));
-        }
+        let mut keys = Self::configured(config)?;
         let configured = config.active.clone().or_else(|| config.keys.first().map(|key| key.id.clone()));
         if configured.is_none() {
             make(&config.dir)?;
@@ -109,9 +99,39 @@ impl KeyRing {
         Ok(Self { active, keys })
     }
 
+    /// The keys of the configuration alone; makes and opens nothing.
+    ///
+    /// # Errors
+    /// What is wrong with which key, without its content.
+    pub fn check(config: &config::Signing) -> Result<(), String> {
+        Self::configured(config).map(drop)
+    }
+
+    fn configured(config: &config::Signing) -> Result<HashMap<String, Key>, String> {
+        let mut keys = HashMap::new();
+        for key in &config.keys {
+            let material = match &key.material {
+                KeyMaterial::EdDsa(pem) => Material::ed25519(pem.expose().as_bytes())
+                    .map_err(|cause| format!("signing key {:?}: {cause}", key.id))?,
+                KeyMaterial::Hs256(secret) => {
+                    Material::Hs256(Box::new(hmac::Key::new(hmac::HMAC_SHA256, secret.expose().as_bytes())))
+                }
+            };
+            keys.insert(key.id.clone(), Key::new(&key.id, material));
+        }
+        Ok(keys)
+    }
+
     /// The `kid` of what is signed now.
     pub fn active(&self) -> &str {
         &self.active
+    }
+
+    /// The `kid`s of all keys that verify, sorted.
+    pub fn ids(&self) -> Vec<&str> {
+        let mut ids: Vec<_> = self.keys.keys().map(String::as_str).collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// A compact JWS (RFC 7515) with `alg`, `kid`, `typ: "JWT"`.

@@ -166,6 +166,18 @@ impl Broker {
         }
     }
 
+    /// As [`dead_letter`](Self::dead_letter), for an event whose message is gone: its reference is made anew.
+    ///
+    /// # Errors
+    /// The broker does not take it.
+    pub async fn dead_letter_anew(&self, out: Outgoing, reason: &str) -> Result<(), Error> {
+        let raw = match &self.inner {
+            Inner::Local(_) => serde_json::to_vec(&out.claims).expect("claims are plain data"),
+            Inner::Pulsar(pulsar) => pulsar.sign(&out.claims),
+        };
+        self.dead_letter(&out.claims.topic, &raw, out.properties, reason).await
+    }
+
     /// Moves a message to `topic.dead_letter()` with its original properties and the reason (`dead_letter_reason`, `original_topic`,
     /// `original_message_id`). The caller acknowledges the message afterwards.
     ///

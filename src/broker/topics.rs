@@ -1,28 +1,57 @@
 //! Which topics an environment consumes, and whose they are.
 
+use crate::config::EnvironmentConfig;
+use crate::config::routes::ConsumerKind;
+pub use crate::ids::{TENANT, tenant_in};
 use crate::ids::{Tenant, Topic};
 
-/// What stands for the tenant's name in a topic template.
-pub const TENANT: &str = "{tenant}";
-
-/// The topics that this environment consumes: literal names and `{tenant}` templates of its routes.
+/// The topics of an environment's routes: literal names and `{tenant}` templates.
 #[derive(Clone, Debug, Default)]
 pub struct Topics {
+    /// Those that the appliance consumes.
     pub templates: Vec<String>,
+    /// Those of foreign workers (`consumer = "external"`). They are made here and never consumed: on the one subscription
+    /// an appliance would take messages that only a worker can end.
+    pub external: Vec<String>,
 }
 
 impl Topics {
-    /// Whether `topic` is one of them, and which tenant its name belongs to where it has one. A literal name wins over a
-    /// template, a template with more fixed text over one with less.
+    pub fn of(config: &EnvironmentConfig) -> Self {
+        let mut topics = Self::default();
+        for route in config.routes.iter().chain([&config.default_route]) {
+            let list = match route.consumer {
+                ConsumerKind::Appliance => &mut topics.templates,
+                ConsumerKind::External => &mut topics.external,
+            };
+            if !list.contains(&route.topic) {
+                list.push(route.topic.clone());
+            }
+        }
+        topics
+    }
+
+    /// Every template, whoever consumes it.
+    pub fn all(&self) -> impl Iterator<Item = &str> {
+        self.templates.iter().chain(&self.external).map(String::as_str)
+    }
+
+    /// Whether `topic` is to be consumed here, and which tenant its name belongs to where it has one. A literal name wins
+    /// over a template, a template with more fixed text over one with less.
     pub fn tenant_of(&self, topic: &Topic) -> Option<Option<Tenant>> {
-        if self.templates.iter().any(|t| t == topic.as_str()) {
+        let literal = |list: &[String]| list.iter().any(|t| t == topic.as_str());
+        if literal(&self.templates) {
             return Some(None);
         }
-        self.templates
-            .iter()
-            .filter_map(|template| Some((template.len(), tenant_in(template, topic)?)))
-            .max_by_key(|(fixed, _)| *fixed)
-            .map(|(_, tenant)| Some(tenant))
+        if literal(&self.external) {
+            return None;
+        }
+        let ours = self.templates.iter().map(|template| (true, template));
+        let theirs = self.external.iter().map(|template| (false, template));
+        let (_, ours, tenant) = ours
+            .chain(theirs)
+            .filter_map(|(ours, template)| Some((template.len(), ours, tenant_in(template, topic)?)))
+            .max_by_key(|(fixed, ..)| *fixed)?;
+        ours.then_some(Some(tenant))
     }
 
     /// Whether events of `tenant` may be found on `topic`. Exact even where two templates could give one name.
@@ -32,24 +61,8 @@ impl Topics {
 
     /// The literal names, which exist whether or not a tenant has published yet.
     pub fn literal(&self) -> impl Iterator<Item = Topic> {
-        self.templates.iter().filter(|t| !t.contains(TENANT)).filter_map(|t| Topic::try_new(t).ok())
+        self.all().filter(|t| !t.contains(TENANT)).filter_map(|t| Topic::try_new(t).ok())
     }
-}
-
-/// The tenant that makes `topic` of `template`.
-pub fn tenant_in(template: &str, topic: &Topic) -> Option<Tenant> {
-    let (prefix, rest) = template.split_once(TENANT)?;
-    let tail = topic.as_str().strip_prefix(prefix)?;
-    // With one placeholder the suffix is literal. With several, the first one ends where the text up to the next begins.
-    let suffix = rest.split(TENANT).next().unwrap_or_default();
-    let ends: Vec<usize> = if rest.contains(TENANT) {
-        tail.match_indices(suffix).map(|(at, _)| at).collect()
-    } else {
-        tail.len().checked_sub(suffix.len()).into_iter().collect()
-    };
-    ends.into_iter()
-        .filter_map(|end| Tenant::try_new(tail.get(..end)?).ok())
-        .find(|tenant| template.replace(TENANT, tenant.as_str()) == topic.as_str())
 }
 
 #[cfg(test)]
@@ -63,7 +76,7 @@ mod tests {
         Tenant::try_new(text).unwrap()
     }
     fn topics(templates: &[&str]) -> Topics {
-        Topics { templates: templates.iter().map(|t| (*t).to_owned()).collect() }
+        Topics { templates: templates.iter().map(|t| (*t).to_owned()).collect(), ..Topics::default() }
     }
 
     #[test]
@@ -89,5 +102,16 @@ mod tests {
         assert!(topics.allow(&topic("w.acme-eu"), &tenant("acme")));
         assert!(topics.allow(&topic("w.acme-eu"), &tenant("acme-eu")));
         assert!(!topics.allow(&topic("w.acme-eu"), &tenant("eu")));
+    }
+
+    #[test]
+    fn a_foreign_workers_topic_is_made_and_not_consumed() {
+        let external = ["w.ai", "w.gpu.{tenant}", "w.long.vip"].map(str::to_owned).to_vec();
+        let topics = Topics { external, ..topics(&["w.long", "w.long.{tenant}"]) };
+        for theirs in ["w.ai", "w.gpu.acme", "w.long.vip"] {
+            assert_eq!(topics.tenant_of(&topic(theirs)), None, "{theirs}");
+        }
+        assert_eq!(topics.tenant_of(&topic("w.long.acme")), Some(Some(tenant("acme"))));
+        assert_eq!(topics.literal().collect::<Vec<_>>(), [topic("w.long"), topic("w.ai"), topic("w.long.vip")]);
     }
 }

@@ -24,12 +24,13 @@ use crate::ids::{Tenant, Topic};
 
 use super::admin::{Admin, Error};
 use super::auth::Auth;
-use super::topics::{TENANT, tenant_in};
+use super::topics::{TENANT, Topics, tenant_in};
 
 /// The name of every dead-letter topic begins so ([`Topic::dead_letter`]).
 const DEAD: &str = "dealscale.deadletter.";
 /// Producers wait; the outbox holds the events meanwhile. The other policies refuse or evict.
 const HOLD: &str = "producer_request_hold";
+const RETENTION: &str = "retention of acknowledged messages";
 /// Keeps the namespace's quota type apart from `message_age`, which we do not set.
 const STORAGE: &str = "destination_storage";
 
@@ -39,6 +40,8 @@ pub struct Topology {
     admin: Admin,
     subscription: String,
     file: TopicsFile,
+    /// Templates of routes that the file may not name: a topic of theirs is wanted with the file's defaults.
+    routes: Vec<String>,
     tenants: Vec<Tenant>,
 }
 
@@ -121,21 +124,23 @@ struct Wanted {
 }
 
 impl Topology {
-    /// `tenants` are those whose topics are made in advance (declared by exact name); others get theirs at their first event.
+    /// `topics` are those of the routes, wanted beside the file's. `tenants` are those whose topics are made in advance
+    /// (declared by exact name); others get theirs at their first event.
     ///
     /// # Errors
     /// A file of the configuration that cannot be read or is wrong.
-    pub fn open(config: &Pulsar, tenants: Vec<Tenant>) -> Result<Self, String> {
+    pub fn open(config: &Pulsar, topics: &Topics, tenants: Vec<Tenant>) -> Result<Self, String> {
         let auth = Auth::new(&config.auth, config.ca_file.as_deref(), config.operation_timeout.0)?;
-        Self::with(config, Admin::new(config, auth)?, tenants)
+        Self::with(config, Admin::new(config, auth)?, topics, tenants)
     }
 
-    pub(super) fn with(config: &Pulsar, admin: Admin, tenants: Vec<Tenant>) -> Result<Self, String> {
+    pub(super) fn with(config: &Pulsar, admin: Admin, topics: &Topics, tenants: Vec<Tenant>) -> Result<Self, String> {
         let file = TopicsFile::read(config.topics_file.as_deref()).map_err(|problems| {
             let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
             format!("the topics file is wrong: {}", problems.join("; "))
         })?;
-        Ok(Self { admin, subscription: config.subscription.clone(), file, tenants })
+        let routes = topics.all().map(str::to_owned).collect();
+        Ok(Self { admin, subscription: config.subscription.clone(), file, routes, tenants })
     }
 
     /// # Errors
@@ -154,14 +159,14 @@ impl Topology {
         };
         let found: BTreeSet<String> = plain.union(&partitioned).cloned().collect();
         let mut topics: BTreeSet<Topic> = BTreeSet::new();
-        for config in &self.file.topics {
-            if config.name.contains(TENANT) {
-                let declared = self.tenants.iter().map(|tenant| config.name.replace(TENANT, tenant.as_str()));
+        for template in self.file.topics.iter().map(|config| &config.name).chain(&self.routes) {
+            if template.contains(TENANT) {
+                let declared = self.tenants.iter().map(|tenant| template.replace(TENANT, tenant.as_str()));
                 let existing =
-                    found.iter().filter(|n| Topic::try_new(n).is_ok_and(|t| tenant_in(&config.name, &t).is_some()));
+                    found.iter().filter(|n| Topic::try_new(n).is_ok_and(|t| tenant_in(template, &t).is_some()));
                 topics.extend(declared.chain(existing.cloned()).filter_map(|name| Topic::try_new(&name).ok()));
             } else {
-                topics.extend(Topic::try_new(&config.name));
+                topics.extend(Topic::try_new(template));
             }
         }
         let mut seen = BTreeSet::new();
@@ -183,7 +188,7 @@ impl Topology {
                 plan.findings.push(Finding {
                     severity: Severity::Drift,
                     object: format!("topic {name}"),
-                    text: "is not in the topics file; it is left alone".into(),
+                    text: "is neither in the topics file nor a route's; it is left alone".into(),
                 });
             }
         }
@@ -293,13 +298,11 @@ impl Topology {
         let exists = policies.is_some();
         let policies = policies.unwrap_or(Value::Null);
         let wanted = &self.file.namespace;
-        let minutes = wanted.retention.0.as_secs().div_ceil(60);
-        let mib = wanted.retention_bytes_max.0 >> 20;
         let set = [
             Policy {
-                what: "retention of acknowledged messages",
+                what: RETENTION,
                 is: &policies["retention_policies"],
-                should: json!({ "retentionTimeInMinutes": minutes, "retentionSizeInMB": mib }),
+                should: self.retention(),
                 path: "retention",
             },
             Policy {
@@ -355,6 +358,14 @@ impl Topology {
             }
         }
         Ok(exists)
+    }
+
+    fn retention(&self) -> Value {
+        let wanted = &self.file.namespace;
+        json!({
+            "retentionTimeInMinutes": wanted.retention.0.as_secs().div_ceil(60),
+            "retentionSizeInMB": wanted.retention_bytes_max.0 >> 20,
+        })
     }
 
     async fn plan_topic(
@@ -426,6 +437,16 @@ impl Topology {
                 // A cluster without policies of topics (405, 412) has no overrides either.
                 Err(Error::Refused { status: 405 | 412, .. }) => {}
                 Err(error) => return Err(error),
+            }
+        }
+        // Another retention of one topic loses no work, only what `pulsar-admin` can look back at.
+        if let Ok(Some(retention)) = self.admin.applied(topic, "retention").await {
+            let repaired = plan.changes.iter().any(|change| change.what == RETENTION);
+            if !repaired && !contains(&retention, &self.retention()) {
+                plan.findings.push(drift(
+                    object,
+                    format!("keeps acknowledged messages otherwise than the file says: {}", shown(&retention)),
+                ));
             }
         }
         for (_, text) in dangers(object, &policies) {

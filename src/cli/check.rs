@@ -8,9 +8,14 @@ pub fn run(global: &Global) -> Outcome {
     // Not wrong, but not in force: only root can apply them.
     let differences = units::differences(&config, &units::folders());
     if global.json {
-        return output::json(
-            &serde_json::json!({ "ok": true, "environments": config.environments.keys().collect::<Vec<_>>(), "differences": differences }),
-        );
+        let environments: Vec<_> = config.environments.keys().collect();
+        let warnings: Vec<_> = config.warnings.iter().map(ToString::to_string).collect();
+        return output::json(&serde_json::json!({
+            "ok": true, "environments": environments, "warnings": warnings, "differences": differences
+        }));
+    }
+    for warning in &config.warnings {
+        output::error(&format!("warning: {warning}"));
     }
     for difference in &differences {
         output::error(difference);

@@ -5,12 +5,13 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
 
-use super::{Failure, Global, load};
-use crate::config::Config;
+use super::{Failure, Global};
+use crate::config::{self, Config};
 
 pub struct Client {
     http: reqwest::Client,
-    pub config: Config,
+    /// What this user can read of it.
+    pub config: Result<Config, Vec<config::Problem>>,
     socket: String,
     environment: Option<String>,
 }
@@ -24,15 +25,24 @@ pub struct Answer {
 impl Client {
     /// Reads the configuration for the socket's path; connects with the first request.
     pub fn new(global: &Global) -> Result<Self, Failure> {
-        // Members of dealscale-admin may operate and not read the configuration, which can hold secrets: the package's socket serves them.
-        let readable = super::is_readable(global);
-        let config = if readable { load(global)? } else { crate::config::parse("").map_err(Failure::Config)? };
-        let environment = match &global.environment {
-            Some(name) if !readable => Some(name.to_string()),
-            None if !readable || config.environments.len() == 1 => None,
-            _ => Some(super::environment(&config, global)?.name.to_string()),
-        };
-        let socket = config.admin.socket.clone();
+        let client = Self::for_all(global)?;
+        match &client.config {
+            // The appliance knows which there are.
+            Err(_) => Ok(client),
+            Ok(config) if global.environment.is_none() && config.environments.len() == 1 => Ok(client),
+            Ok(config) => {
+                let environment = Some(super::environment(config, global)?.name.to_string());
+                Ok(Self { environment, ..client })
+            }
+        }
+    }
+
+    /// For what concerns all environments.
+    pub fn for_all(global: &Global) -> Result<Self, Failure> {
+        let overrides = super::overrides(global);
+        let config = config::load(&overrides, &config::variable);
+        let socket = config.as_ref().map_or_else(|_| config::socket(&overrides), |c| c.admin.socket.clone());
+        let environment = global.environment.as_ref().map(ToString::to_string);
         let http = reqwest::Client::builder()
             .unix_socket(socket.as_path())
             .no_proxy()
@@ -58,7 +68,11 @@ impl Client {
     }
 
     async fn ok(&self, method: Method, path: &str, body: Option<Value>) -> Result<Value, Failure> {
-        let answer = self.send(method, path, body).await?;
+        self.understood(self.send(method, path, body).await?)
+    }
+
+    /// The body of a success; what the appliance says of anything else.
+    pub fn understood(&self, answer: Answer) -> Result<Value, Failure> {
         if answer.status.is_success() {
             return Ok(answer.body);
         }
@@ -73,17 +87,33 @@ impl Client {
     }
 
     pub async fn send(&self, method: Method, path: &str, body: Option<Value>) -> Result<Answer, Failure> {
+        self.send_with(method, path, body.map(|b| b.to_string()), &[]).await
+    }
+
+    pub async fn send_with(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<String>,
+        headers: &[(&str, &str)],
+    ) -> Result<Answer, Failure> {
         let mut request = self.http.request(method, format!("http://dealscale{path}"));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
         if let Some(environment) = &self.environment {
             request = request.header("x-dealscale-environment", environment);
         }
         if let Some(body) = body {
-            request = request.json(&body);
+            request = request.header("content-type", "application/json").body(body);
         }
         let response = request.send().await.map_err(|e| self.unavailable(&e))?;
         let status = response.status();
         let bytes = response.bytes().await.map_err(|e| self.unavailable(&e))?;
-        let body = if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap_or(Value::Null) };
+        // What is no JSON is n8n's own answer on a short route.
+        let text = || Value::String(String::from_utf8_lossy(&bytes).into_owned());
+        let body =
+            if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap_or_else(|_| text()) };
         Ok(Answer { status, body })
     }
 

@@ -63,6 +63,7 @@ pub enum Command {
     },
     /// Deliver again: one by its id, or all that a filter finds (counted first; --yes does it)
     Replay {
+        #[arg(conflicts_with_all = ["workflow", "error_class", "since", "until"])]
         id: Option<ExecutionId>,
         #[command(flatten)]
         filter: Filter,

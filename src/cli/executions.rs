@@ -1,13 +1,16 @@
 //! `dealscale executions`: what became of events.
 
+use std::time::Duration;
+
 use clap::Subcommand;
 use serde_json::Value;
 
 use super::client::{Client, query};
 use super::output::cell;
-use super::{Global, Outcome, output};
+use super::{Failure, Global, Outcome, output};
 use crate::event::State;
 use crate::ids::{ExecutionId, Tenant};
+use crate::units::Span;
 
 #[derive(Subcommand, Debug)]
 pub enum Command {
@@ -32,14 +35,14 @@ pub enum Command {
         #[arg(long)]
         tenant: Option<Tenant>,
     },
-    /// Wait until an event is final
+    /// Wait until an event is final; exit code 3 when it did not end well, or not in time
     Wait {
         id: ExecutionId,
         #[arg(long)]
         tenant: Option<Tenant>,
         /// Such as 30s
         #[arg(long, default_value = "30s")]
-        timeout: crate::units::Span,
+        timeout: Span,
     },
     /// Cancel an event that is not yet delivered
     Cancel {
@@ -69,10 +72,7 @@ pub async fn run(global: &Global, command: Command) -> Outcome {
         Command::Show { id, tenant } => {
             show(global, &client.get(&query(&format!("/executions/{id}"), &[("tenant", text(tenant))])).await?)
         }
-        Command::Wait { id, tenant, timeout } => {
-            let parameters = [("tenant", text(tenant)), ("timeout", Some(timeout.to_string()))];
-            show(global, &client.get(&query(&format!("/executions/{id}/wait"), &parameters)).await?)
-        }
+        Command::Wait { id, tenant, timeout } => wait(global, &client, &id.to_string(), text(tenant), timeout).await,
         Command::Cancel { id, tenant } => {
             let answer = client.delete(&query(&format!("/executions/{id}"), &[("tenant", text(tenant))])).await?;
             if global.json {
@@ -80,6 +80,28 @@ pub async fn run(global: &Global, command: Command) -> Outcome {
             } else {
                 output::line(format!("{id} is {}", cell(&answer["state"])))
             }
+        }
+    }
+}
+
+/// Waits, in as many long polls as it takes, and shows the event.
+pub(super) async fn wait(global: &Global, client: &Client, id: &str, tenant: Option<String>, timeout: Span) -> Outcome {
+    let end = std::time::Instant::now() + timeout.0;
+    loop {
+        let left = end.saturating_duration_since(std::time::Instant::now());
+        // Where it cannot be read, what any appliance takes.
+        let poll_max = client.config.as_ref().map_or(Duration::from_secs(1), |c| c.bridge.wait_max.0);
+        let poll = left.min(poll_max);
+        let parameters = [("tenant", tenant.clone()), ("timeout", Some(format!("{}ms", poll.as_millis())))];
+        let event = client.get(&query(&format!("/executions/{id}/wait"), &parameters)).await?;
+        let state = event["state"].as_str().and_then(|s| s.parse::<State>().ok());
+        let ended = state.is_some_and(State::is_final);
+        if ended || std::time::Instant::now() >= end {
+            show(global, &event)?;
+            return match state {
+                Some(State::Delivered | State::Succeeded) => Ok(()),
+                _ => Err(Failure::Attention),
+            };
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Commands that operate (`status`, `executions`, `dead-letters`, `outbox`, `publish`, `reload`) speak to the running
 //! appliance over its admin socket; `outbox` opens the folder itself when no appliance runs. Commands that only read the
-//! configuration (`check`, `config show`, `routes explain`, `topology`) need no appliance.
+//! configuration (`check`, `config show`, `routes explain`, `topology`) need no appliance. Who operates need not be able to read
+//! secrets: where the configuration does not pass the check, the socket's path is still found in it, and the appliance decides.
 //!
 //! # Exit codes
 //! | code | meaning |
@@ -10,7 +11,7 @@
 //! | 0 | done |
 //! | 1 | failed; the message says what, where and what to do |
 //! | 2 | the command line is wrong |
-//! | 3 | done, and what was found needs attention (drift, damaged records, a part that is down) |
+//! | 3 | done, and what was found needs attention (drift, damaged records, a part that is down, an event that did not end well) |
 //! | 69 | the appliance does not run, or does not answer (`EX_UNAVAILABLE`) |
 //! | 78 | the configuration cannot work (`EX_CONFIG`); systemd does not restart on it |
 
@@ -36,9 +37,12 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::config::{self, Config, Overrides};
 
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong command line; 3 done, but something needs attention; \
+    69 the appliance does not answer; 78 the configuration cannot work";
+
 /// Makes a self-hosted n8n production-grade: takes long work durably and delivers it to n8n's webhooks.
 #[derive(Parser, Debug)]
-#[command(name = "dealscale", version, max_term_width = 100, subcommand_required = true, arg_required_else_help = true)]
+#[command(name = "dealscale", version, max_term_width = 100, subcommand_required = true, arg_required_else_help = true, after_help = EXIT_CODES)]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -113,6 +117,8 @@ enum Failure {
     /// No appliance answers.
     Unavailable(String),
     Config(Vec<config::Problem>),
+    /// The running appliance refused the configuration.
+    Refused(String),
 }
 
 impl From<String> for Failure {
@@ -133,6 +139,7 @@ pub fn run() -> ExitCode {
     let cli = Cli::parse();
     // The one crypto provider of the process (aws-lc-rs). A second call can only be ours.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let json = cli.global.json;
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Message(text)) => {
@@ -144,7 +151,18 @@ pub fn run() -> ExitCode {
             output::error(&text);
             ExitCode::from(69)
         }
+        Err(Failure::Refused(text)) => {
+            output::error(&text);
+            ExitCode::from(78)
+        }
         Err(Failure::Config(problems)) => {
+            if json {
+                // What a program reads; people read standard error.
+                let problems = problems
+                    .iter()
+                    .map(|p| serde_json::json!({ "key": p.key, "problem": p.text, "source": p.source.to_string() }));
+                let _ = output::json(&serde_json::json!({ "ok": false, "problems": problems.collect::<Vec<_>>() }));
+            }
             for problem in &problems {
                 output::error(&problem.to_string());
             }
@@ -166,8 +184,10 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Routes(command) => routes::run(global, command),
         Command::Token(command) => token::run(global, command),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "dealscale", &mut std::io::stdout());
-            Ok(())
+            // Into memory first: the generator panics where a reader goes away.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "dealscale", &mut script);
+            output::raw(&script)
         }
         Command::Man => man(),
         Command::Status => block_on(status::run(global)),
@@ -201,16 +221,17 @@ fn man() -> Outcome {
     output::raw(&page)
 }
 
-/// The configuration, or exit code 78.
-fn load(global: &Global) -> Result<Config, Failure> {
-    let overrides = Overrides { file: global.config.clone(), state_dir: global.state_dir.clone() };
-    config::load(&overrides, &|name| std::env::var(name).ok()).map_err(Failure::Config)
+fn overrides(global: &Global) -> Overrides {
+    Overrides { file: global.config.clone(), state_dir: global.state_dir.clone() }
 }
 
-/// Whether this user may read the configuration; one that is not there may be read.
-fn is_readable(global: &Global) -> bool {
-    let file = global.config.clone().unwrap_or_else(|| PathBuf::from(config::paths::CONFIG_FILE));
-    !std::fs::File::open(file).is_err_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied)
+/// The configuration, or exit code 78.
+fn load(global: &Global) -> Result<Config, Failure> {
+    let config = config::load(&overrides(global), &config::variable).map_err(Failure::Config)?;
+    match crate::app::check(&config) {
+        problems if problems.is_empty() => Ok(config),
+        problems => Err(Failure::Config(problems)),
+    }
 }
 
 /// `--environment`, or the only one there is.

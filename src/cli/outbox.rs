@@ -1,6 +1,6 @@
 //! `dealscale outbox`: the durable local queue. Speaks to the appliance when it runs, and opens the folder itself when it does not.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -10,10 +10,12 @@ use super::client::{Client, query};
 use super::output::cell;
 use super::{Failure, Global, Outcome, environment, output};
 use crate::ids::Tenant;
-use crate::outbox::tools;
+use crate::outbox::{Unreadable, tools};
 
-/// Records asked for at once: 100 of the largest allowed ones would still fit into memory.
+/// Records of one request; where they are large the answer has fewer.
 const PAGE: usize = 100;
+/// Bodies of one request of an import.
+const IMPORT_BYTES: u64 = 8 << 20;
 
 #[derive(Subcommand, Debug)]
 pub enum Command {
@@ -69,7 +71,13 @@ async fn live(global: &Global, client: &Client, command: Command) -> Outcome {
     match command {
         Command::Status => status(global, &client.get("/admin/outbox/status").await?),
         Command::Ls { tenant, poisoned, after, limit } => {
-            let records = page(client, tenant, poisoned, after, limit, false).await?;
+            let mut records = page(client, tenant.as_ref(), poisoned, after, limit, false).await?;
+            if poisoned {
+                let answer = client.get("/admin/outbox/unreadable").await?;
+                let unreadable: Vec<Unreadable> = serde_json::from_value(answer["records"].clone())
+                    .map_err(|e| format!("an answer that is not understood: {e}"))?;
+                add_unreadable(&mut records, unreadable, tenant.as_ref(), after, limit);
+            }
             list(global, &records)
         }
         Command::Show { sequence } => show(global, &client.get(&format!("/admin/outbox/records/{sequence}")).await?),
@@ -92,17 +100,27 @@ async fn live(global: &Global, client: &Client, command: Command) -> Outcome {
                     }
                 }
             }
-            let count = export.finish().map_err(|e| e.to_string())?;
-            done(global, json!({ "exported": count, "dir": dir }), format!("{count} records are in {}", dir.display()))
+            let answer = client.get("/admin/outbox/unreadable").await?;
+            let unreadable: Vec<Unreadable> = serde_json::from_value(answer["records"].clone())
+                .map_err(|e| format!("an answer that is not understood: {e}"))?;
+            exported(global, export, &dir, &unreadable)
         }
         Command::Import { dir } => {
             let (mut imported, mut duplicates, mut refused) = (0, 0, Vec::new());
-            let mut batch = Vec::new();
+            let (mut batch, mut bytes) = (Vec::new(), 0);
             let mut entries = tools::read_export(&dir).map_err(|e| e.to_string())?.peekable();
             while let Some(entry) = entries.next() {
-                let entry = entry.map_err(|e| e.to_string())?;
-                batch.push(crate::admin::RecordView::of(&entry.event));
-                if batch.len() == PAGE || entries.peek().is_none() {
+                match entry {
+                    Ok(entry) => {
+                        bytes += entry.event.body.len() as u64;
+                        batch.push(crate::admin::RecordView::of(&entry.event));
+                    }
+                    // One damaged file keeps nothing else out.
+                    Err(error) => refused.push(error.to_string()),
+                }
+                let last = entries.peek().is_none();
+                if !batch.is_empty() && (batch.len() == PAGE || bytes >= IMPORT_BYTES || last) {
+                    bytes = 0;
                     let body = serde_json::to_value(std::mem::take(&mut batch)).map_err(|e| e.to_string())?;
                     let answer = client.post("/admin/outbox/records", Some(body)).await?;
                     imported += answer["imported"].as_u64().unwrap_or(0);
@@ -126,20 +144,28 @@ async fn live(global: &Global, client: &Client, command: Command) -> Outcome {
 }
 
 async fn offline(global: &Global, client: &Client, command: Command) -> Outcome {
-    let environment = environment(&client.config, global)?;
+    let config = client.config.as_ref().map_err(|problems| Failure::Config(problems.clone()))?;
+    let environment = environment(config, global)?;
     let settings = &environment.outbox;
+    let reads = matches!(
+        command,
+        Command::Status | Command::Ls { .. } | Command::Show { .. } | Command::Export { .. } | Command::Verify
+    );
+    let makes = matches!(command, Command::Import { .. });
+    if !matches!(command, Command::Drain { .. }) {
+        is_ours(&settings.dir, makes)?;
+    }
     match command {
         Command::Verify => {
             let report = tools::verify(settings).map_err(|e| e.to_string())?;
-            output::json(&report)?;
-            if report.is_sound() { Ok(()) } else { Err(Failure::Attention) }
+            verified(global, &settings.dir, &report)
         }
         Command::Drain { .. } => {
             Err(Failure::Unavailable("only a running appliance drains its outbox: start it first".into()))
         }
         command => {
             // The same code as in the appliance, on the folder itself.
-            let outbox = tools::open_alone(settings, &environment.name).map_err(|e| e.to_string())?;
+            let outbox = tools::open_alone(settings, &environment.name, !reads).map_err(|e| e.to_string())?;
             let outcome = alone(global, &outbox, command).await;
             outbox.close().await.map_err(|e| e.to_string())?;
             outcome
@@ -151,30 +177,38 @@ async fn alone(global: &Global, outbox: &crate::outbox::Outbox, command: Command
     use crate::outbox::{Append, Sequence};
     let failed = |e: crate::outbox::Error| Failure::Message(e.to_string());
     match command {
-        Command::Status => status(global, &serde_json::to_value(outbox.status()).map_err(|e| e.to_string())?),
+        Command::Status => {
+            let mut figures = serde_json::to_value(outbox.status()).map_err(|e| e.to_string())?;
+            // Limits are the running appliance's.
+            for key in ["bytes_max", "count_max", "disk_free"] {
+                figures[key] = Value::Null;
+            }
+            status(global, &figures)
+        }
         Command::Ls { tenant, poisoned, after, limit } => {
-            let found = outbox.list(tenant, poisoned, after.map(Sequence), limit).await.map_err(failed)?;
+            let found = outbox.list(tenant.clone(), poisoned, after.map(Sequence), limit).await.map_err(failed)?;
             let views: Result<Vec<_>, _> =
                 found.iter().map(|f| serde_json::to_value(crate::admin::RecordView::new(f, false))).collect();
-            list(global, &views.map_err(|e| e.to_string())?)
-        }
-        Command::Show { sequence } => {
-            for poisoned in [false, true] {
-                let after = sequence.checked_sub(1).map(Sequence);
-                let found = outbox.list(None, poisoned, after, 1).await.map_err(failed)?;
-                if let Some(found) = found.first().filter(|f| f.sequence.0 == sequence) {
-                    let view = serde_json::to_value(crate::admin::RecordView::new(found, true));
-                    return show(global, &view.map_err(|e| e.to_string())?);
-                }
+            let mut views = views.map_err(|e| e.to_string())?;
+            if poisoned {
+                let unreadable = outbox.unreadable(false).await.map_err(failed)?;
+                add_unreadable(&mut views, unreadable, tenant.as_ref(), after, limit);
             }
-            Err(Failure::Message(format!("no record {sequence}: it has left the outbox, or never was")))
+            list(global, &views)
         }
+        Command::Show { sequence } => match outbox.record(Sequence(sequence)).await.map_err(failed)? {
+            Some(found) => {
+                let view = serde_json::to_value(crate::admin::RecordView::new(&found, true));
+                show(global, &view.map_err(|e| e.to_string())?)
+            }
+            None => Err(Failure::Message(crate::admin::absent(outbox, sequence).await.map_err(failed)?)),
+        },
         Command::Export { dir } => {
             let mut export = tools::Export::create(&dir).map_err(|e| e.to_string())?;
             for poisoned in [false, true] {
                 let mut after = None;
                 loop {
-                    let found = outbox.list(None, poisoned, after, PAGE).await.map_err(failed)?;
+                    let found = outbox.list_with_bodies(poisoned, after, PAGE).await.map_err(failed)?;
                     let Some(last) = found.last() else { break };
                     after = Some(last.sequence);
                     for record in &found {
@@ -182,17 +216,24 @@ async fn alone(global: &Global, outbox: &crate::outbox::Outbox, command: Command
                     }
                 }
             }
-            let count = export.finish().map_err(|e| e.to_string())?;
-            done(global, json!({ "exported": count, "dir": dir }), format!("{count} records are in {}", dir.display()))
+            exported(global, export, &dir, &outbox.unreadable(true).await.map_err(failed)?)
         }
         Command::Import { dir } => {
             let (mut imported, mut duplicates, mut refused) = (0, 0, Vec::new());
             for entry in tools::read_export(&dir).map_err(|e| e.to_string())? {
-                let event = entry.map_err(|e| e.to_string())?.event;
+                let event = match entry {
+                    Ok(entry) => entry.event,
+                    // One damaged file keeps nothing else out.
+                    Err(error) => {
+                        refused.push(error.to_string());
+                        continue;
+                    }
+                };
+                let id = event.envelope.execution_id;
                 match outbox.append(Append { event, idempotency_key: None, answer: Default::default() }).await {
                     Ok(appended) if appended.duplicate => duplicates += 1,
                     Ok(_) => imported += 1,
-                    Err(error) => refused.push(error.to_string()),
+                    Err(error) => refused.push(format!("{id}: {error}")),
                 }
             }
             imported_report(global, imported, duplicates, &refused)
@@ -210,7 +251,7 @@ async fn alone(global: &Global, outbox: &crate::outbox::Outbox, command: Command
             if found {
                 done(global, json!({ "done": true }), "done".into())
             } else {
-                Err(Failure::from("no such poisoned record"))
+                Err(Failure::from("no such poisoned record: see `dealscale outbox ls --poisoned`"))
             }
         }
         Command::Verify | Command::Drain { .. } => Err(Failure::from("not on a folder that is open")),
@@ -219,7 +260,7 @@ async fn alone(global: &Global, outbox: &crate::outbox::Outbox, command: Command
 
 async fn page(
     client: &Client,
-    tenant: Option<Tenant>,
+    tenant: Option<&Tenant>,
     poisoned: bool,
     after: Option<u64>,
     limit: usize,
@@ -236,6 +277,89 @@ async fn page(
         ],
     );
     Ok(client.get(&path).await?["records"].as_array().cloned().unwrap_or_default())
+}
+
+/// A folder that is there, and whose files stay its owner's.
+fn is_ours(dir: &Path, make: bool) -> Outcome {
+    use std::os::unix::fs::MetadataExt;
+    let there = match std::fs::metadata(dir) {
+        Ok(there) => there,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            if !make {
+                return Err(Failure::Message(format!(
+                    "there is no outbox at {}: is it the right --config, --state-dir and --environment?",
+                    dir.display()
+                )));
+            }
+            let above = dir.ancestors().find_map(|above| std::fs::metadata(above).ok());
+            match above.filter(|_| nix::unistd::geteuid().is_root()) {
+                Some(above) => above,
+                None => return Ok(()),
+            }
+        }
+        Err(error) => return Err(Failure::Message(format!("cannot look into {}: {error}", dir.display()))),
+    };
+    let (owner, we) = (nix::unistd::Uid::from_raw(there.uid()), nix::unistd::geteuid());
+    if owner == we {
+        return Ok(());
+    }
+    let name = nix::unistd::User::from_uid(owner).ok().flatten().map_or_else(|| owner.to_string(), |user| user.name);
+    Err(Failure::Message(format!(
+        "{} belongs to {name}: run this as that user (`runuser -u {name} -- dealscale outbox …`); files of somebody else would \
+         keep the appliance from opening it",
+        dir.display()
+    )))
+}
+
+/// Records of which only the place is known stand among the others.
+fn add_unreadable(
+    records: &mut Vec<Value>,
+    unreadable: Vec<Unreadable>,
+    tenant: Option<&Tenant>,
+    after: Option<u64>,
+    limit: usize,
+) {
+    for one in unreadable {
+        if tenant.is_none_or(|t| t.as_str() == one.tenant) && after.is_none_or(|a| one.sequence.0 > a) {
+            let envelope = json!({ "tenant": one.tenant });
+            records.push(json!({
+                "sequence": one.sequence, "unreadable": true, "leased": false, "poisoned": one.why, "envelope": envelope
+            }));
+        }
+    }
+    records.sort_by_key(|record| record["sequence"].as_u64());
+    records.truncate(limit);
+}
+
+fn exported(global: &Global, export: tools::Export, dir: &Path, unreadable: &[Unreadable]) -> Outcome {
+    let count = export.finish().map_err(|e| e.to_string())?;
+    let value = json!({ "exported": count, "dir": dir, "unreadable": unreadable });
+    done(global, value, format!("{} in {}", output::plural(count as usize, "record"), dir.display()))?;
+    for one in unreadable {
+        output::error(&format!(
+            "record {} of tenant {} cannot be read ({}) and is not in the export",
+            one.sequence.0, one.tenant, one.why
+        ));
+    }
+    if unreadable.is_empty() { Ok(()) } else { Err(Failure::Attention) }
+}
+
+fn verified(global: &Global, dir: &Path, report: &tools::Report) -> Outcome {
+    let damaged = report.damaged.len();
+    if global.json {
+        output::json(report)?;
+    } else {
+        let head = format!("{}: {} read", dir.display(), output::plural(report.records as usize, "record"));
+        output::line(format!("{head}, {damaged} damaged, {} poisoned", report.poisoned))?;
+        for (sequence, why) in &report.damaged {
+            output::line(format!("record {sequence}: {why}"))?;
+        }
+        if let Some(loss) = &report.data_loss_possible {
+            output::line(format!("data_loss_possible: {loss}"))?;
+            output::line("when you have looked into it: `dealscale outbox repair --acknowledge-loss`")?;
+        }
+    }
+    if report.is_sound() { Ok(()) } else { Err(Failure::Attention) }
 }
 
 fn status(global: &Global, status: &Value) -> Outcome {

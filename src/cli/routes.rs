@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Subcommand;
 
 use super::{Failure, Global, Outcome, environment, load, output};
+use crate::config::masked;
 use crate::ids::{Tenant, Topic, Workflow};
 use crate::routing::{Input, Router};
 use crate::units::Bytes;
@@ -33,7 +34,7 @@ pub enum Command {
     },
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+pub(super) fn pair(text: &str) -> Result<(String, String), String> {
     text.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned())).ok_or_else(|| "expected key=value".into())
 }
 
@@ -42,11 +43,20 @@ pub fn run(global: &Global, command: Command) -> Outcome {
     let environment = environment(&config, global)?;
     let router = Router::new(Arc::new(environment.clone()));
     match command {
+        Command::Ls if global.json => {
+            let routes = router.routes().map(|r| {
+                serde_json::json!({
+                    "route": r.name, "class": r.class, "topic": r.topic, "webhook": masked(&r.webhook),
+                    "consumer": format!("{:?}", r.consumer).to_lowercase(),
+                })
+            });
+            output::json(&routes.collect::<Vec<_>>())
+        }
         Command::Ls => output::table(
             &["route", "class", "topic", "webhook", "consumer"],
             router.routes().map(|r| {
                 let consumer = format!("{:?}", r.consumer).to_lowercase();
-                vec![r.name.clone(), r.class.as_str().into(), r.topic.clone(), r.webhook.clone(), consumer]
+                vec![r.name.clone(), r.class.as_str().into(), r.topic.clone(), masked(&r.webhook), consumer]
             }),
         ),
         Command::Explain { workflow, topic, tenant, bytes, metadata } => {
@@ -68,7 +78,7 @@ pub fn run(global: &Global, command: Command) -> Outcome {
             let route = decision.route;
             if global.json {
                 return output::json(&serde_json::json!({
-                    "route": route.name, "class": route.class, "topic": decision.topic, "webhook": route.webhook, "reason": decision.reason,
+                    "route": route.name, "class": route.class, "topic": decision.topic, "webhook": masked(&route.webhook), "reason": decision.reason,
                 }));
             }
             output::line(format!(
@@ -77,7 +87,7 @@ pub fn run(global: &Global, command: Command) -> Outcome {
                 decision.reason,
                 route.class.as_str(),
                 decision.topic,
-                route.webhook
+                masked(&route.webhook)
             ))
         }
     }

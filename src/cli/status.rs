@@ -9,7 +9,7 @@ use super::output::cell;
 use super::{Failure, Global, Outcome, output};
 
 pub async fn run(global: &Global) -> Outcome {
-    let client = Client::new(global)?;
+    let client = Client::for_all(global)?;
     let status = client.get("/admin/status").await?;
     let ok = status["level"] == "ok";
     if global.json {
@@ -54,16 +54,19 @@ const WAIT_TRIES: usize = 60;
 const WAIT_EVERY: Duration = Duration::from_millis(500);
 
 pub async fn reload(global: &Global, command: &ReloadCommand) -> Outcome {
-    // A configuration with a problem is refused here already, with all of them; the running appliance never sees it.
-    let client = Client::new(global)?;
+    let client = Client::for_all(global)?;
     let mut tries = if command.wait { WAIT_TRIES } else { 1 };
-    let applied = loop {
+    let answer = loop {
         tries -= 1;
-        match client.post("/admin/reload", None).await {
+        match client.send(reqwest::Method::POST, "/admin/reload", None).await {
             Err(Failure::Unavailable(_)) if tries > 0 => tokio::time::sleep(WAIT_EVERY).await,
             answer => break answer?,
         }
     };
+    if answer.status == reqwest::StatusCode::UNPROCESSABLE_ENTITY {
+        return Err(Failure::Refused(format!("{}: {}", cell(&answer.body["title"]), cell(&answer.body["detail"]))));
+    }
+    let applied = client.understood(answer)?;
     if global.json {
         return output::json(&applied);
     }

@@ -3,6 +3,7 @@
 use clap::Subcommand;
 
 use super::{Failure, Global, Outcome, environment, load, output};
+use crate::broker::Topics;
 use crate::broker::topology::{Plan, Severity, Topology};
 use crate::config::Broker;
 use crate::ids::Tenant;
@@ -28,7 +29,7 @@ pub async fn run(global: &Global, command: Command) -> Outcome {
     };
     // Tenants declared by their exact name get their topics in advance; those of a pattern at their first event.
     let tenants = environment.tenants.iter().filter_map(|t| Tenant::try_new(t.pattern.as_str()).ok()).collect();
-    let topology = Topology::open(pulsar, tenants)?;
+    let topology = Topology::open(pulsar, &Topics::of(environment), tenants)?;
     let plan = topology.plan().await.map_err(|e| e.to_string())?;
     match command {
         Command::Plan => show(global, &plan),

@@ -172,12 +172,24 @@ impl Accounts {
                 clients,
             })
         });
+        let accounts: Vec<Account> = accounts.into_iter().flatten().collect();
+        let issuers: Vec<Issuer> = issuers.into_iter().flatten().collect();
+        // One of the two would silently decide for the other.
+        for (n, account) in accounts.iter().enumerate() {
+            let taken = |hash| accounts[..n].iter().find(|other| other.token_sha256.contains(hash));
+            if let Some(other) = account.token_sha256.iter().find_map(taken) {
+                let at = format!("accounts.{}.token_sha256", account.name);
+                top.problem(&at, format!("has a token of account {:?}: each token belongs to one account", other.name));
+            }
+        }
+        for (n, issuer) in issuers.iter().enumerate() {
+            if let Some(other) = issuers[..n].iter().find(|other| other.issuer == issuer.issuer) {
+                let at = format!("oauth2.{}.issuer", issuer.name);
+                top.problem(&at, format!("is the issuer of [oauth2.{}] already: put the clients there", other.name));
+            }
+        }
         let anonymous =
             fallback.map(|environment| Grant { environment, tenants: vec![Pattern::new("*")], rights: Rights::ALL });
-        Self {
-            accounts: accounts.into_iter().flatten().collect(),
-            issuers: issuers.into_iter().flatten().collect(),
-            anonymous,
-        }
+        Self { accounts, issuers, anonymous }
     }
 }

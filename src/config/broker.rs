@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::topics::TopicsFile;
 use super::{Secret, Section};
 use crate::units::Span;
 
@@ -57,26 +58,36 @@ impl Broker {
         let client_id = s.parse_opt::<String>("oauth2_client_id");
         let client_secret = s.secret("oauth2_client_secret");
         let scope = s.parse_opt::<String>("oauth2_scope");
-        let ca_file = s.parse_opt::<String>("ca_file").map(PathBuf::from);
+        let ca_file = s.file("ca_file");
         let operation_timeout = s.span("operation_timeout", Span::secs(5), Span::millis(100)..=Span::secs(60));
         let topics_file = s.parse_opt::<String>("topics_file").map(PathBuf::from);
+        if let Err(problems) = super::topics::TopicsFile::read(topics_file.as_deref()) {
+            s.problems("topics_file", problems);
+        }
         let create_topics = s.flag("create_topics", true);
         let receive_queue = s.count("receive_queue", 1_000, 1..=100_000);
         if !pulsar {
             return Self::Local { retention };
         }
-        if !(service_url.starts_with("pulsar://") || service_url.starts_with("pulsar+ssl://")) {
+        let hosts = service_url.strip_prefix("pulsar://").or_else(|| service_url.strip_prefix("pulsar+ssl://"));
+        if !hosts.is_some_and(is_host_and_port) {
             s.problem("service_url", "expected pulsar://host:6650 or pulsar+ssl://host:6651");
+        }
+        // Read here as well, so that `check` tells what is wrong with it.
+        for problem in TopicsFile::read(topics_file.as_deref()).err().into_iter().flatten() {
+            s.problem("topics_file", format!("{}: {}", problem.key, problem.text));
         }
         if !super::n8n::is_http_url(&http_url) {
             s.problem("http_url", "expected http://host:8080");
         }
+        // Pulsar's own rule, without what a URL takes for "here" and "above".
         let name = |t: &str| {
-            !t.is_empty() && t.len() <= 100 && t.bytes().all(|b| b.is_ascii_alphanumeric() || b"-=:.".contains(&b))
+            let plain = |b: u8| b.is_ascii_alphanumeric() || b"-=:._".contains(&b);
+            t.len() <= 100 && t.bytes().all(plain) && t.bytes().any(|b| b != b'.')
         };
         for (key, value) in [("tenant", &tenant), ("namespace", &namespace), ("subscription", &subscription)] {
             if !name(value) {
-                s.problem(key, "must be 1 to 100 letters, digits, '-', '=', ':' or '.'");
+                s.problem(key, "must be 1 to 100 letters, digits, '-', '_', '=', ':' or '.'");
             }
         }
         let auth = match (token, issuer_url) {
@@ -114,4 +125,20 @@ impl Broker {
             receive_queue,
         }))
     }
+}
+
+/// `broker`, `broker:6650`, `[::1]:6650`: one address, and nothing behind it.
+fn is_host_and_port(text: &str) -> bool {
+    let text = text.strip_suffix('/').unwrap_or(text);
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (host, Some(port)),
+        _ => (text, None),
+    };
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+    let literal = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+    let host = match literal {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(plain),
+    };
+    host && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
 }

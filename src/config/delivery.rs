@@ -1,5 +1,8 @@
 //! `[environments.NAME.delivery]` and the retry schedule that routes share.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
 use super::{Secret, Section};
 use crate::units::Span;
 
@@ -31,8 +34,23 @@ pub struct Delivery {
     pub replay_rate: u64,
 }
 
+/// The key in a Standard-Webhooks secret: `whsec_` and base64 of 24 to 64 bytes (specification 1.0.0, "Signature scheme").
+pub fn webhook_key(secret: &Secret) -> Option<Vec<u8>> {
+    let text = secret.expose().trim();
+    let bytes = STANDARD.decode(text.strip_prefix("whsec_").unwrap_or(text)).ok()?;
+    (24..=64).contains(&bytes.len()).then_some(bytes)
+}
+
 impl Delivery {
     pub(super) fn check(s: &mut Section<'_>) -> Self {
+        let mut secret = |name: &str| {
+            let secret = s.secret(name);
+            if secret.as_ref().is_some_and(|secret| webhook_key(secret).is_none()) {
+                s.problem(name, "expected \"whsec_\" and 24 to 64 bytes in base64");
+            }
+            secret
+        };
+        let (webhook_secret, webhook_secret_previous) = (secret("webhook_secret"), secret("webhook_secret_previous"));
         Self {
             concurrency: s.count("concurrency", 32, 1..=10_000),
             tenant_concurrency: s.count("tenant_concurrency", 32, 1..=10_000),
@@ -45,8 +63,8 @@ impl Delivery {
             sweep_after: s.span("sweep_after", Span::secs(300), Span::secs(1)..=Span::hours(24)),
             sweep_interval: s.span("sweep_interval", Span::secs(30), Span::millis(100)..=Span::hours(1)),
             hold_max: s.span("hold_max", Span::secs(2), Span::millis(0)..=Span::secs(60)),
-            webhook_secret: s.secret("webhook_secret"),
-            webhook_secret_previous: s.secret("webhook_secret_previous"),
+            webhook_secret,
+            webhook_secret_previous,
             replay_rate: s.count("replay_rate", 100, 1..=100_000),
         }
     }
@@ -87,6 +105,21 @@ impl Retry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_secret_that_cannot_sign_is_a_problem() {
+        let problems = |secret: &str| {
+            let text =
+                format!("state_dir = \"/nowhere\"\n[environments.test.delivery]\nwebhook_secret = \"{secret}\"\n");
+            crate::config::parse(&text).map_or_else(|p| p.iter().map(ToString::to_string).collect(), |_| Vec::new())
+        };
+        assert_eq!(problems("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"), Vec::<String>::new());
+        for bad in ["whsec_AAAA", "whsec_", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaS!", "hunter2"] {
+            let found = problems(bad).join("\n");
+            assert!(found.starts_with("environments.test.delivery.webhook_secret: "), "{found}");
+            assert!(bad == "whsec_" || !found.contains(bad), "{found}");
+        }
+    }
 
     #[test]
     fn waits_grow_to_their_limit() {

@@ -1,11 +1,13 @@
 //! `[environments.NAME]`: everything that one environment owns.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::routes::Pattern;
+use super::payloads::PayloadStore;
+use super::routes::{ConsumerKind, Pattern};
 use super::{Broker, Delivery, N8n, Outbox, Payloads, Route, Section};
-use crate::ids::{Environment, Tenant};
+use crate::ids::{Environment, TENANT, Tenant, Topic, tenant_in};
 use crate::units::Bytes;
 
 #[derive(Clone, Debug)]
@@ -34,6 +36,26 @@ pub struct TenantConfig {
     pub publish_rate_max: u64,
 }
 
+/// Two environments never work on one folder, database or namespace: each would take the other's work for its own, or refuse it.
+pub(super) fn nothing_is_shared(environments: &BTreeMap<Environment, EnvironmentConfig>, top: &mut Section<'_>) {
+    let mut seen: BTreeMap<String, String> = BTreeMap::new();
+    for (name, environment) in environments {
+        let mut owned = vec![("outbox.dir", format!("folder {}", environment.outbox.dir.display()))];
+        owned.push(match &environment.payloads.store {
+            PayloadStore::Sqlite { file } => ("payloads.file", format!("file {}", file.display())),
+            PayloadStore::Postgres(p) => ("payloads.schema", format!("schema {} {}", p.schema, p.url.expose())),
+        });
+        if let Broker::Pulsar(p) = &environment.broker {
+            owned.push(("broker.namespace", format!("namespace {} {} {}", p.service_url, p.tenant, p.namespace)));
+        }
+        for (key, what) in owned {
+            if let Some(other) = seen.insert(what, name.to_string()) {
+                top.problem(&format!("environments.{name}.{key}"), format!("is also that of environment {other}"));
+            }
+        }
+    }
+}
+
 impl EnvironmentConfig {
     pub(super) fn check(name: &str, s: &mut Section<'_>, state_dir: &Path, bare: bool) -> Option<Self> {
         let dir = PathBuf::from(s.parse("dir", state_dir.join(name).display().to_string()));
@@ -56,6 +78,9 @@ impl EnvironmentConfig {
             tenants.push(TenantConfig { pattern, weight: 1, outbox_bytes_max: Bytes::gib(4), publish_rate_max: 0 });
         }
         let webhook = s.parse("webhook", Route::DEFAULT_WEBHOOK.to_owned());
+        if !webhook.starts_with('/') && !super::n8n::is_http_url(&webhook) {
+            s.problem("webhook", "expected a path such as \"/webhook/orders\" or a whole URL");
+        }
         let routes = s.tables("routes", |_, s| Route::check(s, None, &webhook));
         for (n, route) in routes.iter().enumerate() {
             if routes[..n].iter().any(|r| r.name == route.name) {
@@ -70,13 +95,29 @@ impl EnvironmentConfig {
         let delivery = s.section("delivery", Delivery::check);
         let name = Environment::from_str(name).ok()?;
         if matches!(broker, Broker::Local { .. })
-            && let Some(route) = routes.iter().find(|r| r.consumer == super::routes::ConsumerKind::External)
+            && let Some(route) = routes.iter().chain([&default_route]).find(|r| r.consumer == ConsumerKind::External)
         {
             let at = format!("routes.{}.consumer", route.name);
             s.problem(
                 &at,
                 "an external consumer takes references from Pulsar: set [environments.NAME.broker] kind = \"pulsar\"",
             );
+        }
+        let all = || routes.iter().chain([&default_route]);
+        for theirs in all().filter(|r| r.consumer == ConsumerKind::External) {
+            // One topic has one subscription: each consumer would take what only the other one can end.
+            if let Some(ours) =
+                all().find(|r| r.consumer == ConsumerKind::Appliance && overlap(&r.topic, &theirs.topic))
+            {
+                s.problem(
+                    &format!("routes.{}.topic", theirs.name),
+                    format!(
+                        "an external consumer needs a topic of its own, and route {} of the appliance leads to {} too: set \
+                         topic of one of them",
+                        ours.name, theirs.topic
+                    ),
+                );
+            }
         }
         Some(Self { name, dir, tenants, n8n, outbox, payloads, broker, delivery, routes, default_route })
     }
@@ -94,4 +135,12 @@ impl EnvironmentConfig {
     pub fn route(&self, name: &str) -> &Route {
         self.routes.iter().find(|r| r.name == name).unwrap_or(&self.default_route)
     }
+}
+
+/// Whether two topic templates can give one name.
+fn overlap(one: &str, other: &str) -> bool {
+    let gives = |template: &str, name: &str| {
+        template == name || Topic::try_new(name).is_ok_and(|topic| tenant_in(template, &topic).is_some())
+    };
+    one == other || gives(one, &other.replace(TENANT, "t")) || gives(other, &one.replace(TENANT, "t"))
 }

@@ -36,7 +36,7 @@ pub struct Bridge {
 impl Bridge {
     pub(super) fn check(s: &mut Section<'_>, bare: bool) -> Self {
         let bridge = Self {
-            listen: s.parse("listen", SocketAddr::from(([127, 0, 0, 1], 8000))),
+            listen: s.address("listen", SocketAddr::from(([127, 0, 0, 1], 8000))),
             token_required: s.flag("token_required", !bare),
             body_bytes_max: s.bytes("body_bytes_max", Bytes::mib(16), Bytes::kib(1)..=Bytes::mib(256)),
             batch_items_max: s.count("batch_items_max", 1_000, 1..=100_000),
@@ -68,19 +68,28 @@ pub struct Admin {
     pub socket: PathBuf,
 }
 
+pub(super) fn default_socket(state_dir: &Path) -> PathBuf {
+    if state_dir == Path::new(paths::STATE_DIR) {
+        PathBuf::from(paths::ADMIN_SOCKET)
+    } else {
+        state_dir.join("admin.sock")
+    }
+}
+
 impl Admin {
-    pub(super) fn check(s: &mut Section<'_>, state_dir: &Path) -> Self {
-        let socket = if state_dir == Path::new(paths::STATE_DIR) {
-            paths::ADMIN_SOCKET.to_owned()
-        } else {
-            state_dir.join("admin.sock").display().to_string()
-        };
+    pub(super) fn check(s: &mut Section<'_>, state_dir: &Path, bridge: SocketAddr) -> Self {
+        // The plan's FASTAPI_BRIDGE_PORT may be ours: without a file nobody could move the one or the other out of the way.
+        let port = if bridge.port() == 8081 { 8082 } else { 8081 };
+        let socket = default_socket(state_dir).display().to_string();
         let admin = Self {
-            listen: s.parse("listen", SocketAddr::from(([127, 0, 0, 1], 8081))),
+            listen: s.address("listen", SocketAddr::from(([127, 0, 0, 1], port))),
             socket: PathBuf::from(s.parse("socket", socket)),
         };
         if !admin.listen.ip().is_loopback() {
             s.problem("listen", "must be a loopback address: metrics and health are not authenticated");
+        }
+        if admin.listen.port() == bridge.port() && (admin.listen.ip() == bridge.ip() || bridge.ip().is_unspecified()) {
+            s.problem("listen", "is the address of bridge.listen");
         }
         admin
     }

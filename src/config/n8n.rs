@@ -32,6 +32,8 @@ impl N8n {
         };
         if !is_http_url(&n8n.url) {
             s.problem("url", "expected a URL such as \"http://127.0.0.1:5678\"");
+        } else if n8n.url.contains(['?', '#']) {
+            s.problem("url", "must not have a query or a fragment: the routes' paths are joined to it");
         }
         if n8n.database_url.is_some() && n8n.database_file.is_some() {
             s.problem("database_url", "set either database_url or database_file, not both");

@@ -41,7 +41,7 @@ impl Payloads {
         let url = s.secret("url");
         let schema = s.parse("schema", format!("dealscale_{environment}"));
         let connections_max = s.count("connections_max", 8, 2..=200);
-        let ca_file = s.parse_opt::<String>("ca_file").map(PathBuf::from);
+        let ca_file = s.file("ca_file");
         let connect_timeout = s.span("connect_timeout", Span::secs(5), Span::millis(100)..=Span::secs(60));
         let statement_timeout = s.span("statement_timeout", Span::secs(15), Span::secs(1)..=Span::secs(300));
         let identifier = |t: &str| {
@@ -56,7 +56,11 @@ impl Payloads {
             (false, _) => PayloadStore::Sqlite { file },
             (true, Some(url)) => {
                 if url.expose().parse::<tokio_postgres::Config>().is_err() {
-                    s.problem("url", "expected postgresql://user:password@host:5432/database");
+                    s.problem(
+                        "url",
+                        "expected postgresql://user:password@host:5432/database, if need be with ?sslmode=disable|prefer|require \
+                         (require verifies chain and host name)",
+                    );
                 }
                 PayloadStore::Postgres(Postgres {
                     url,

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -17,11 +18,22 @@ pub struct Problem {
     /// The key, written as a path: `environments.production.outbox.bytes_max`.
     pub key: String,
     pub text: String,
+    /// Where the key, or the nearest table around it, is set.
+    pub source: Source,
+}
+
+impl Problem {
+    pub fn new(key: impl Into<String>, text: impl Into<String>) -> Self {
+        Self { key: key.into(), text: text.into(), source: Source::Default }
+    }
 }
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.key, self.text)
+        match &self.source {
+            Source::Default => write!(f, "{}: {}", self.key, self.text),
+            source => write!(f, "{}: {} ({source})", self.key, self.text),
+        }
     }
 }
 
@@ -29,7 +41,8 @@ impl fmt::Display for Problem {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     Default,
-    File(PathBuf),
+    /// With the line, counted from 1.
+    File(PathBuf, usize),
     Variable(&'static str),
     Flag(&'static str),
 }
@@ -38,7 +51,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => f.write_str("default"),
-            Self::File(path) => write!(f, "{}", path.display()),
+            Self::File(path, line) => write!(f, "{}:{line}", path.display()),
             Self::Variable(name) => write!(f, "environment variable {name}"),
             Self::Flag(name) => write!(f, "command line {name}"),
         }
@@ -51,12 +64,16 @@ pub struct Effective {
     pub key: String,
     pub shown: String,
     pub source: Source,
+    /// Tells two values apart within this process, secrets as well; says nothing about either.
+    pub print: u64,
 }
 
 /// Collects what reading finds.
 #[derive(Debug, Default)]
 pub struct Sink {
     pub problems: Vec<Problem>,
+    /// What works, but ought to be looked at.
+    pub warnings: Vec<Problem>,
     pub effective: Vec<Effective>,
     /// Key path → source, for keys that are set somewhere. Missing means [`Source::Default`].
     pub sources: BTreeMap<String, Source>,
@@ -64,11 +81,17 @@ pub struct Sink {
 
 impl Sink {
     pub fn problem(&mut self, key: &str, text: impl Into<String>) {
-        self.problems.push(Problem { key: key.to_owned(), text: text.into() });
+        let source = self.nearest(key);
+        self.problems.push(Problem { key: key.to_owned(), text: text.into(), source });
     }
 
-    fn source(&self, key: &str) -> Source {
-        // An inline table or array has one source: that of its nearest recorded ancestor.
+    pub fn warning(&mut self, key: &str, text: impl Into<String>) {
+        let source = self.nearest(key);
+        self.warnings.push(Problem { key: key.to_owned(), text: text.into(), source });
+    }
+
+    /// Where `key` is set, or the table around it.
+    fn nearest(&self, key: &str) -> Source {
         let mut at = key;
         loop {
             if let Some(source) = self.sources.get(at) {
@@ -97,7 +120,7 @@ impl Secret {
 }
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("••••")
+        f.write_str(MASK)
     }
 }
 
@@ -124,6 +147,18 @@ impl<'s> Section<'s> {
         self.sink.problem(&at, text);
     }
 
+    pub fn warning(&mut self, key: &str, text: impl Into<String>) {
+        let at = self.at(key);
+        self.sink.warning(&at, text);
+    }
+
+    /// Takes over what another reader found; its keys stand below `key`.
+    pub fn problems(&mut self, key: &str, problems: Vec<Problem>) {
+        for problem in problems {
+            self.problem(key, format!("{}: {}", problem.key, problem.text));
+        }
+    }
+
     /// Whether `key` is set, without reading it.
     pub fn has(&self, key: &str) -> bool {
         self.table.contains_key(key)
@@ -135,9 +170,14 @@ impl<'s> Section<'s> {
     }
 
     fn show(&mut self, key: &str, shown: String) {
-        let key = self.at(key);
-        let source = self.sink.source(&key);
-        self.sink.effective.push(Effective { key, shown, source });
+        let print = print(&shown);
+        self.show_as(key, key, shown, print);
+    }
+
+    /// `set_by` is the key that was really written: `KEY_file`, say.
+    fn show_as(&mut self, key: &str, set_by: &str, shown: String, print: u64) {
+        let source = self.sink.sources.get(&self.at(set_by)).cloned().unwrap_or(Source::Default);
+        self.sink.effective.push(Effective { key: self.at(key), shown, source, print });
     }
 
     /// A value that is written as text and parsed (sizes, spans, names, URLs, addresses).
@@ -151,7 +191,8 @@ impl<'s> Section<'s> {
             None => {
                 // parse_opt recorded `(not set)` or a problem; the default is what is effective.
                 if let Some(last) = self.sink.effective.last_mut().filter(|e| e.shown == UNSET) {
-                    last.shown = default.to_string();
+                    last.shown = masked(&default.to_string());
+                    last.print = print(&default.to_string());
                 }
                 default
             }
@@ -181,7 +222,8 @@ impl<'s> Section<'s> {
         };
         match text.parse::<T>() {
             Ok(value) => {
-                self.show(key, value.to_string());
+                let text = value.to_string();
+                self.show_as(key, key, masked(&text), print(&text));
                 Some(value)
             }
             Err(error) => {
@@ -189,6 +231,20 @@ impl<'s> Section<'s> {
                 None
             }
         }
+    }
+
+    /// An address to listen on.
+    pub fn address(&mut self, key: &str, default: SocketAddr) -> SocketAddr {
+        self.parse(key, Address(default)).0
+    }
+
+    /// A file that must be there and readable; the appliance reads it again where it uses it.
+    pub fn file(&mut self, key: &str) -> Option<PathBuf> {
+        let path = self.parse_opt::<String>(key).map(PathBuf::from)?;
+        if let Err(error) = std::fs::File::open(&path).and_then(|mut f| std::io::Read::read(&mut f, &mut [0])) {
+            self.problem(key, format!("cannot read the file: {error}"));
+        }
+        Some(path)
     }
 
     pub fn bytes(&mut self, key: &str, default: Bytes, range: std::ops::RangeInclusive<Bytes>) -> Bytes {
@@ -339,10 +395,23 @@ impl<'s> Section<'s> {
         map
     }
 
-    /// A secret: `KEY = "…"` or `KEY_file = "/path"`, never both. Files are read now, one trailing newline removed.
+    /// A secret of one line: `KEY = "…"` or `KEY_file = "/path"`, never both. Files are read now, one trailing newline removed.
     pub fn secret(&mut self, key: &str) -> Option<Secret> {
+        let secret = self.secret_text(key)?;
+        if secret.expose().contains(char::is_control) {
+            let set_by =
+                if self.sink.sources.contains_key(&self.at(key)) { key.to_owned() } else { format!("{key}_file") };
+            self.problem(&set_by, "must be one line, without control characters");
+            return None;
+        }
+        Some(secret)
+    }
+
+    /// As [`secret`](Self::secret), of any number of lines (PEM).
+    pub fn secret_text(&mut self, key: &str) -> Option<Secret> {
         let file_key = format!("{key}_file");
         let (value, file) = (self.take(key), self.take(&file_key));
+        let set_by = if file.is_some() { file_key.clone() } else { key.to_owned() };
         let secret = match (value, file) {
             (None, None) => None,
             (Some(_), Some(_)) => {
@@ -351,22 +420,31 @@ impl<'s> Section<'s> {
             }
             (Some(toml::Value::String(text)), None) => Some(text),
             (None, Some(toml::Value::String(path))) => match std::fs::read_to_string(&path) {
-                Ok(text) => Some(text.strip_suffix('\n').map(str::to_owned).unwrap_or(text)),
+                Ok(text) => {
+                    if std::fs::metadata(&path)
+                        .is_ok_and(|m| std::os::unix::fs::PermissionsExt::mode(&m.permissions()) & 0o004 != 0)
+                    {
+                        self.warning(&file_key, "everybody on this host can read the file: chmod 640");
+                    }
+                    Some(text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t).to_owned()).unwrap_or(text))
+                }
                 Err(error) => {
                     self.problem(&file_key, format!("cannot read the file: {error}"));
                     return None;
                 }
             },
             _ => {
-                self.problem(key, "expected text");
+                self.problem(&set_by, "expected text");
                 return None;
             }
         };
         if secret.as_deref() == Some("") {
-            self.problem(key, "is empty");
+            self.problem(&set_by, "is empty");
             return None;
         }
-        self.show(key, if secret.is_some() { "••••".to_owned() } else { UNSET.to_owned() });
+        let shown = if secret.is_some() { MASK } else { UNSET };
+        let print = print(secret.as_deref().unwrap_or_default());
+        self.show_as(key, &set_by, shown.to_owned(), print);
         secret.map(Secret)
     }
 
@@ -460,3 +538,39 @@ impl<'s> Section<'s> {
 }
 
 const UNSET: &str = "(not set)";
+const MASK: &str = "••••";
+
+/// The same text has the same print in one process, and another one in the next: nothing of it can be learnt.
+fn print(text: &str) -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    static STATE: std::sync::LazyLock<RandomState> = std::sync::LazyLock::new(RandomState::new);
+    STATE.hash_one(text)
+}
+
+/// A URL without the password (or token) in front of its host.
+pub fn masked(text: &str) -> String {
+    let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
+    let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
+    match authority.rfind('@') {
+        Some(at) => format!("{scheme}://{MASK}{}", &rest[at..]),
+        None => text.to_owned(),
+    }
+}
+
+/// As `IP:PORT`, with an error that says so.
+struct Address(SocketAddr);
+
+impl FromStr for Address {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.port() > 0 => Ok(Self(address)),
+            _ => Err("expected an IP address and a port from 1 to 65535, such as \"127.0.0.1:8000\""),
+        }
+    }
+}
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}

@@ -234,14 +234,46 @@ impl Route {
         if crate::ids::Topic::try_new(&shown).is_err() {
             s.problem("topic", "must match [a-z0-9][a-z0-9._-]{0,199}, with {tenant} for the tenant's name");
         }
-        if !route.webhook.starts_with('/') && !super::n8n::is_http_url(&route.webhook) {
+        // The environment's own was checked there.
+        if route.webhook != default_webhook
+            && !route.webhook.starts_with('/')
+            && !super::n8n::is_http_url(&route.webhook)
+        {
             s.problem("webhook", "expected a path such as \"/webhook/orders\" or a whole URL");
+        } else if authority(&route.webhook).contains("{workflow}") {
+            s.problem("webhook", "{workflow} is the caller's text: it must not decide which server is called");
         }
         if class == Class::Short && route.consumer == ConsumerKind::External {
             s.problem("consumer", "a short route calls n8n directly: an external consumer would never see its events");
         }
         route
     }
+}
+
+/// Of a whole URL what stands before its path: scheme, user, host and port.
+fn authority(webhook: &str) -> &str {
+    let after = webhook.find("://").map_or(0, |at| at + 3);
+    let end = webhook[after..].find(['/', '\\', '?', '#']).map_or(webhook.len(), |at| after + at);
+    &webhook[..end]
+}
+
+/// Whether a header is made by HTTP or by delivery itself, and so is no place for a secret.
+fn is_own(header: &str) -> bool {
+    const HTTP: [&str; 11] = [
+        "connection",
+        "content-length",
+        "content-type",
+        "expect",
+        "host",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "traceparent",
+    ];
+    let header = header.to_ascii_lowercase();
+    HTTP.contains(&header.as_str()) || header.starts_with("webhook-") || header.starts_with("x-dealscale-")
 }
 
 impl WebhookAuth {
@@ -267,6 +299,10 @@ impl WebhookAuth {
                 Self::None
             }
             (Kind::Header, Some(value)) => match name {
+                Some(name) if is_own(&name) => {
+                    s.problem("name", "this header is made by HTTP or by the delivery itself: choose another one");
+                    Self::None
+                }
                 Some(name)
                     if http::HeaderName::try_from(name.as_str()).is_ok()
                         && http::HeaderValue::try_from(value.expose()).is_ok() =>
@@ -293,6 +329,40 @@ impl WebhookAuth {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn problems(route: &str) -> Vec<String> {
+        let text = format!("state_dir = \"/nowhere\"\n[[environments.test.routes]]\nname = \"r\"\n{route}");
+        crate::config::parse(&text).map_or_else(|p| p.iter().map(ToString::to_string).collect(), |_| Vec::new())
+    }
+
+    #[test]
+    fn a_caller_never_decides_which_server_is_called() {
+        for refused in [
+            "https://{workflow}/hook",
+            "https://{workflow}.example.com/hook",
+            "https://n8n.example.com{workflow}/hook",
+            "https://n8n.example.com:{workflow}",
+            "https://{workflow}@n8n.example.com/hook",
+            "https://{workflow}\\\\hook",
+        ] {
+            let found = problems(&format!("webhook = \"{refused}\""));
+            assert!(found.iter().any(|p| p.contains("webhook")), "{refused}: {found:?}");
+        }
+        for fine in
+            ["/webhook/{workflow}", "https://n8n.example.com/{workflow}?w={workflow}", "https://{tenant}.example.com/x"]
+        {
+            assert_eq!(problems(&format!("webhook = \"{fine}\"")), Vec::<String>::new(), "{fine}");
+        }
+    }
+
+    #[test]
+    fn a_secret_does_not_go_into_a_header_that_has_a_meaning_of_its_own() {
+        for (name, fine) in [("X-Key", true), ("Authorization", true), ("content-length", false), ("Webhook-Id", false)]
+        {
+            let auth = format!("webhook_auth = {{ kind = \"header\", name = \"{name}\", secret = \"s\" }}");
+            assert_eq!(problems(&auth).is_empty(), fine, "{name}: {:?}", problems(&auth));
+        }
+    }
 
     #[test]
     fn patterns_match_whole_texts() {

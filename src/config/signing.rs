@@ -35,7 +35,7 @@ impl Signing {
         let keys: Vec<_> = s.tables("keys", |_, s| {
             let id = s.parse_opt::<String>("id");
             let ed = s.choice("algorithm", true, &[("EdDSA", true), ("HS256", false)]);
-            let key = s.secret("key");
+            let key = s.secret_text("key");
             let (Some(id), Some(key)) = (id, key) else {
                 s.problem("id", "a signing key needs id, algorithm and key (or key_file)");
                 return None;

@@ -64,7 +64,7 @@ impl TopicsFile {
     pub fn read(file: Option<&Path>) -> Result<Self, Vec<Problem>> {
         let Some(file) = file else { return Ok(Self::default()) };
         let text = std::fs::read_to_string(file).map_err(|error| {
-            vec![Problem { key: file.display().to_string(), text: format!("cannot read the topics file: {error}") }]
+            vec![Problem::new(file.display().to_string(), format!("cannot read the topics file: {error}"))]
         })?;
         Self::parse(&text)
     }
@@ -72,9 +72,8 @@ impl TopicsFile {
     /// # Errors
     /// All problems that were found.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
-        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
-            vec![Problem { key: "topics file".into(), text: error.message().to_owned() }]
-        })?;
+        let table: toml::Table =
+            text.parse().map_err(|error: toml::de::Error| vec![Problem::new("topics file", error.message())])?;
         let mut sink = Sink::default();
         let mut root = Section::new("", table, &mut sink);
         let namespace = root.section("namespace", |s| {

@@ -9,6 +9,9 @@
 //!                        (one delivery)
 //! ```
 //!
+//! Calls without any answer (timeouts, broken connections) do not say that the server is down: a workflow may be slow. So many
+//! of them in a row raise a doubt: nothing is taken up until the server was probed, at once. There: closed again. Not there: open.
+//!
 //! # Invariants
 //! 1. While it is not closed, at most one delivery is under way that was begun since it opened: a dead n8n burns the attempts
 //!    of those that were running when it died, and then none, since probing asks for readiness and not with an event.
@@ -18,16 +21,28 @@ use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    Closed { failures: u64 },
-    Open { until: Instant },
+    Closed {
+        failures: u64,
+    },
+    /// Too many calls without an answer: probed at once.
+    Doubt {
+        probing: bool,
+    },
+    Open {
+        until: Instant,
+    },
     Probing,
-    HalfOpen { trial: bool },
+    HalfOpen {
+        trial: bool,
+    },
 }
 
 #[derive(Clone, Debug)]
 pub struct Breaker {
     state: State,
     failures_max: u64,
+    /// Calls in a row that got no answer.
+    silent: u64,
     open_for: Duration,
     /// Counts half-open phases, so that a slow trial of an earlier one decides nothing in this one.
     phase: u64,
@@ -39,7 +54,7 @@ pub struct Trial(u64);
 
 impl Breaker {
     pub fn new(failures_max: u64, open_for: Duration) -> Self {
-        Self { state: State::Closed { failures: 0 }, failures_max, open_for, phase: 0 }
+        Self { state: State::Closed { failures: 0 }, failures_max, silent: 0, open_for, phase: 0 }
     }
 
     pub fn state(&self) -> State {
@@ -48,6 +63,11 @@ impl Breaker {
 
     pub fn is_closed(&self) -> bool {
         matches!(self.state, State::Closed { .. })
+    }
+
+    /// Whether the server counts as down. A doubt lasts as long as one probe and is none yet.
+    pub fn is_down(&self) -> bool {
+        !matches!(self.state, State::Closed { .. } | State::Doubt { .. })
     }
 
     /// Whether a delivery may be taken up now.
@@ -68,11 +88,6 @@ impl Breaker {
         trial == Some(Trial(self.phase)) && matches!(self.state, State::HalfOpen { trial: true })
     }
 
-    /// Whether a delivery that was taken up earlier may still call.
-    pub fn may_call(&self, trial: Option<Trial>) -> bool {
-        self.is_closed() || self.is_current(trial)
-    }
-
     /// The trial ended without a call.
     pub fn abandoned(&mut self, trial: Trial) {
         if self.is_current(Some(trial)) {
@@ -83,8 +98,12 @@ impl Breaker {
     /// A call ended. `healthy` as in [`Judged`](super::verdict::Judged). Returns whether it opened or closed.
     pub fn answered(&mut self, now: Instant, healthy: Option<bool>, trial: Option<Trial>) -> Option<bool> {
         let current = self.is_current(trial);
+        self.silent = if healthy.is_none() { self.silent + 1 } else { 0 };
         match (self.state, healthy) {
-            (State::Closed { .. }, Some(true)) => self.state = State::Closed { failures: 0 },
+            (State::Closed { .. } | State::Doubt { .. }, Some(true)) => self.state = State::Closed { failures: 0 },
+            (State::Closed { .. }, None) if self.silent >= self.failures_max => {
+                self.state = State::Doubt { probing: false };
+            }
             (_, Some(true)) => {
                 self.state = State::Closed { failures: 0 };
                 return Some(true);
@@ -92,7 +111,7 @@ impl Breaker {
             (State::Closed { failures }, Some(false)) if failures + 1 < self.failures_max => {
                 self.state = State::Closed { failures: failures + 1 };
             }
-            (State::Closed { .. }, Some(false)) => {
+            (State::Closed { .. } | State::Doubt { .. }, Some(false)) => {
                 self.state = State::Open { until: now + self.open_for };
                 return Some(false);
             }
@@ -110,15 +129,33 @@ impl Breaker {
                 self.state = State::Probing;
                 true
             }
+            State::Doubt { probing: false } => {
+                self.state = State::Doubt { probing: true };
+                true
+            }
             _ => false,
         }
     }
 
-    pub fn probed(&mut self, now: Instant, there: bool) {
-        if self.state == State::Probing {
-            self.phase += 1;
-            self.state =
-                if there { State::HalfOpen { trial: false } } else { State::Open { until: now + self.open_for } };
+    /// Returns whether it opened.
+    pub fn probed(&mut self, now: Instant, there: bool) -> bool {
+        self.silent = 0;
+        match self.state {
+            State::Probing => {
+                self.phase += 1;
+                self.state =
+                    if there { State::HalfOpen { trial: false } } else { State::Open { until: now + self.open_for } };
+                false
+            }
+            State::Doubt { .. } if there => {
+                self.state = State::Closed { failures: 0 };
+                false
+            }
+            State::Doubt { .. } => {
+                self.state = State::Open { until: now + self.open_for };
+                true
+            }
+            _ => false,
         }
     }
 }
@@ -139,7 +176,37 @@ mod tests {
         }
         assert_eq!(breaker.answered(now, None, None), None);
         assert_eq!(breaker.answered(now, Some(false), None), Some(false));
-        assert!(!breaker.allows() && !breaker.may_call(None));
+        assert!(!breaker.allows() && breaker.is_down());
+    }
+
+    #[test]
+    fn silence_is_looked_into_before_it_counts() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(3, OPEN_FOR);
+        let silence = |breaker: &mut Breaker| {
+            for _ in 0..3 {
+                assert!(breaker.allows());
+                assert_eq!(breaker.answered(now, None, None), None);
+            }
+            assert!(!breaker.allows() && !breaker.is_down());
+            assert!(breaker.probe(now) && !breaker.probe(now));
+        };
+        // A slow workflow.
+        silence(&mut breaker);
+        assert!(!breaker.probed(now, true) && breaker.is_closed());
+        // A call of before is answered while the probe is under way.
+        silence(&mut breaker);
+        assert_eq!(breaker.answered(now, Some(true), None), None);
+        assert!(breaker.is_closed() && !breaker.probed(now, false) && breaker.is_closed());
+        // A server that hangs.
+        silence(&mut breaker);
+        assert!(breaker.probed(now, false) && breaker.is_down());
+        // An answer between them ends a row.
+        let mut breaker = Breaker::new(3, OPEN_FOR);
+        for healthy in [None, None, Some(true), None, None, Some(false), None, None] {
+            breaker.answered(now, healthy, None);
+            assert!(breaker.is_closed(), "{healthy:?}");
+        }
     }
 
     /// Invariant 1, over random histories: count deliveries that begin while it is not closed.
@@ -156,9 +223,7 @@ mod tests {
                     0 if breaker.allows() => {
                         let trial = breaker.taken();
                         assert!(trial.is_some() || breaker.is_closed(), "seed {seed}");
-                        if breaker.may_call(trial) {
-                            running.push(trial);
-                        }
+                        running.push(trial);
                     }
                     1 if !running.is_empty() => {
                         let trial = running.swap_remove(random.usize(0..running.len()));
@@ -169,7 +234,7 @@ mod tests {
                             breaker.answered(now, healthy, trial);
                         }
                     }
-                    2 if breaker.probe(now) => breaker.probed(now, random.bool()),
+                    2 if breaker.probe(now) => drop(breaker.probed(now, random.bool())),
                     _ => {}
                 }
                 if !breaker.is_closed() {

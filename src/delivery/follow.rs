@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 use super::scheduler::Meta;
 use super::verdict;
-use super::work::{Ctx, Fate};
+use super::work::{Ctx, Fate, letter, letter_anew};
 use super::worker::Input;
 use crate::broker::Received;
 use crate::config::Route;
@@ -49,6 +49,8 @@ pub(super) struct Followed {
     /// Kept while the event holds its ordering key.
     pub message: Option<(Meta, Received)>,
     pub permit: OwnedSemaphorePermit,
+    /// The execution was found: its id is not only what an answer claimed.
+    pub found: bool,
     /// Since when the execution is not found.
     pub missing_since: Option<Instant>,
 }
@@ -132,7 +134,7 @@ pub(super) async fn follow_loop(ctx: Arc<Ctx>, mut incoming: mpsc::Receiver<Foll
 fn lookup(followed: &Followed) -> Lookup {
     Lookup {
         id: followed.attempt.n8n_execution_id.clone(),
-        traceparent: followed.attempt.traceparent.clone(),
+        traceparent: followed.attempt.traceparent.clone().filter(|_| !followed.found),
         not_before: followed.attempt.started_at,
     }
 }
@@ -147,7 +149,7 @@ async fn looked(ctx: &Ctx, following: Vec<Followed>, found: Vec<Option<Execution
         }
         let ended = match execution {
             Some(Execution { id, run, .. }) => {
-                followed.missing_since = None;
+                (followed.missing_since, followed.found) = (None, true);
                 followed.attempt.n8n_execution_id = Some(id);
                 end(run, &followed.route, followed.row.attempts, followed.row.crashes)
             }
@@ -187,12 +189,20 @@ async fn finish(ctx: &Ctx, followed: Followed, end: End) {
                 n8n_execution_id: attempt.n8n_execution_id.clone(),
                 attempt: Some(attempt),
                 state,
-                error_class: class,
+                error_class: class.clone(),
                 error: text.clone(),
             };
             let applied = ctx.settle(&key, token, change).await;
             if applied {
                 ctx.ended(&key, &row, state, text.as_deref());
+            }
+            if applied && state == State::Dead {
+                let reason =
+                    format!("{}: {}", class.as_deref().unwrap_or("error"), text.as_deref().unwrap_or_default());
+                match &message {
+                    Some((_, message)) => drop(letter(ctx, message, &reason).await),
+                    None => letter_anew(ctx, &row, &reason).await,
+                }
             }
             match message {
                 Some((meta, message)) if state == State::Dead && applied && route.on_dead == OnDead::Hold => {

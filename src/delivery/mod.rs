@@ -108,7 +108,7 @@ impl Delivery {
     /// A setting that cannot be used, as text for people.
     pub fn start(parts: Parts, supervisor: &Supervisor) -> Result<Self, String> {
         let Parts { config, store, broker, n8n, clock, on_final, alarm } = parts;
-        let signer = webhook::Signer::new(&config.delivery)?;
+        let signer = n8n::Signer::new(&config.delivery)?;
         // Unique per start: a claim of the former process is somebody else's.
         let owner = uuid::Uuid::new_v4().simple().to_string();
         let claim = config.delivery.claim.0;

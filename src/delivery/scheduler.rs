@@ -3,7 +3,8 @@
 //! # Invariants
 //! 1. Never more taken up than the limits allow: in all, per tenant, per route.
 //! 2. Tenants that wait share what is taken up by their weights (stride scheduling: each has a pass that grows by
-//!    `1 / weight`, the smallest goes next; who comes back from idleness starts at the present pass, not at zero).
+//!    `1 / weight`, the smallest goes next; who comes back from idleness, or could not be taken up because its route was full
+//!    or its server down, goes on at the present pass: what was missed is not made up for at the others' cost).
 //! 3. Of one tenant's events the smallest priority goes first, then the one that arrived first.
 //! 4. Of one ordering key at most one event is out; the others wait behind it in their order of arrival until
 //!    [`key_done`](Scheduler::key_done), across retries and while a dead letter holds the key.
@@ -140,7 +141,8 @@ impl<T> Scheduler<T> {
             .collect();
         let mut best: Option<(u64, &Tenant, RouteIndex)> = None;
         for (tenant, lane) in &self.lanes {
-            if best.is_some_and(|(pass, ..)| pass <= lane.pass)
+            let pass = lane.pass.max(self.pass);
+            if best.is_some_and(|(best, ..)| best <= pass)
                 || self.out_tenants.get(tenant).is_some_and(|out| *out >= self.limits.tenant)
             {
                 continue;
@@ -148,7 +150,7 @@ impl<T> Scheduler<T> {
             let first = lane.routes.iter().filter(|(route, _)| open[**route]);
             let first = first.filter_map(|(route, queue)| Some((queue.first_key_value()?.0, *route))).min();
             if let Some((_, route)) = first {
-                best = Some((lane.pass, tenant, route));
+                best = Some((pass, tenant, route));
             }
         }
         let (pass, tenant, route) = best?;
@@ -174,6 +176,23 @@ impl<T> Scheduler<T> {
         self.out_routes[route] += 1;
         *self.out_tenants.entry(tenant).or_default() += 1;
         Some((meta, item))
+    }
+
+    /// Takes out up to `max` of those events whose turn is last, of the one tenant and route that more than half of what waits belongs to,
+    /// so that there is room for others. Events with an ordering key stay: others of theirs may wait behind them.
+    pub fn thin_out(&mut self, max: usize) -> Vec<T> {
+        let half = self.waiting / 2;
+        let lines = self.lanes.values_mut().flat_map(|lane| lane.routes.iter_mut());
+        let Some((route, line)) = lines.max_by_key(|(_, line)| line.len()).filter(|(_, line)| line.len() > half) else {
+            return Vec::new();
+        };
+        // One stays: a lane without events would be looked at for nothing.
+        let max = max.min(line.len() - 1);
+        let last = line.iter().rev().filter(|(_, (meta, _))| meta.order.is_none());
+        let out: Vec<_> = last.map(|(place, _)| *place).take(max).collect();
+        self.waiting -= out.len();
+        self.waiting_routes[*route] -= out.len();
+        out.iter().filter_map(|place| line.remove(place)).map(|(_, item)| item).collect()
     }
 
     /// Its call is over: somebody else may have the slot. The key stays taken.
@@ -330,6 +349,47 @@ mod tests {
             })
             .count();
         assert!((8..=12).contains(&late), "{late}");
+    }
+
+    #[test]
+    fn invariant_2_turns_missed_while_a_route_was_closed_are_not_made_up_for() {
+        let mut scheduler = Scheduler::new(limits(1, 1, 1));
+        for n in 0..1_000 {
+            scheduler.push(meta("down", 1, 0, None), n);
+            scheduler.push(meta("up", 1, 1, None), n);
+        }
+        let mut turns = |open: &[usize], count: usize| {
+            (0..count)
+                .filter(|_| {
+                    let (meta, _) = scheduler.pick(|route| open.contains(&route)).unwrap();
+                    scheduler.slot_free(&meta);
+                    meta.tenant.as_str() == "down"
+                })
+                .count()
+        };
+        assert_eq!(turns(&[1], 500), 0);
+        let down = turns(&[0, 1], 100);
+        assert!((49..=51).contains(&down), "{down} of 100 turns");
+    }
+
+    #[test]
+    fn the_largest_line_makes_room_and_the_others_stay() {
+        let mut scheduler = Scheduler::new(limits(9, 9, 9));
+        for n in 0..90 {
+            scheduler.push(meta("noisy", 1, 0, None), n);
+        }
+        scheduler.push(meta("noisy", 1, 0, Some("k")), 90);
+        for n in 91..100 {
+            scheduler.push(meta("quiet", 1, 0, None), n);
+        }
+        let mut out = scheduler.thin_out(30);
+        out.sort_unstable();
+        assert_eq!(out, (60..90).collect::<Vec<_>>());
+        assert_eq!((scheduler.waiting(), scheduler.waiting_for(0)), (70, 70));
+        assert_eq!(scheduler.thin_out(1_000).len(), 60, "the one with a key stays");
+        assert_eq!(scheduler.waiting(), 10);
+        let left = std::iter::from_fn(|| scheduler.pick(|_| true)).count();
+        assert_eq!(left, 9, "as many as there are slots");
     }
 
     #[test]

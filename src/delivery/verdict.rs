@@ -99,14 +99,16 @@ fn describe(status: StatusCode, body: &[u8]) -> String {
     if body.is_empty() { format!("HTTP {status}") } else { format!("HTTP {status}: {body}") }
 }
 
-/// `Retry-After` (RFC 9110 section 10.2.3): seconds or a date.
+/// `Retry-After` (RFC 9110 section 10.2.3): seconds, however many digits they have, or a date in one of the three forms of
+/// section 5.6.7.
 fn retry_after(value: &str, now: Timestamp) -> Option<Duration> {
-    let wait = match value.trim().parse::<u64>() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => {
-            let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(value.trim()).ok()?;
-            Timestamp(at.as_millisecond()).since(now)
-        }
+    let value = value.trim();
+    let wait = if !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit()) {
+        value.parse().map_or(RETRY_AFTER_MAX, Duration::from_secs)
+    } else {
+        let at = httpdate::parse_http_date(value).ok()?;
+        let at = at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Timestamp(i64::try_from(at.as_millis()).unwrap_or(i64::MAX)).since(now)
     };
     Some(wait.min(RETRY_AFTER_MAX))
 }
@@ -194,7 +196,14 @@ mod tests {
         assert_eq!(after("Tue, 24 Nov 2026 00:01:00 GMT"), Some(60));
         assert_eq!(after("Tue, 24 Nov 2020 00:01:00 GMT"), Some(0));
         assert_eq!(after("99999999"), Some(86_400));
-        assert_eq!(after("soon"), None);
+        assert_eq!(after("99999999999999999999999999"), Some(86_400));
+        assert_eq!(after("Fri, 31 Dec 9999 23:59:59 GMT"), Some(86_400));
+        // The obsolete forms, which a recipient must accept too.
+        assert_eq!(after("Tuesday, 24-Nov-26 00:01:00 GMT"), Some(60));
+        assert_eq!(after("Tue Nov 24 00:01:00 2026"), Some(60));
+        for nonsense in ["soon", "", "-5", "1.5", "1e9", "Tue, 99 Nov 2026 00:01:00 GMT", "\u{e9}"] {
+            assert_eq!(after(nonsense), None, "{nonsense}");
+        }
     }
 
     #[test]

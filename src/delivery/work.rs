@@ -14,7 +14,7 @@ use super::follow::Followed;
 use super::scheduler::Meta;
 use super::timer::Alarm;
 use super::verdict::{self, Judged, Verdict};
-use super::webhook::{self, Attempted, Signer};
+use super::webhook::{self, Attempted};
 use super::worker::Input;
 use crate::broker::{self, Broker, Received, Verified};
 use crate::clock::{Clock, Timestamp};
@@ -22,10 +22,11 @@ use crate::config::routes::{ConsumerKind, OnDead};
 use crate::config::{EnvironmentConfig, Route};
 use crate::event::State;
 use crate::ids::{BodyHash, Key};
-use crate::n8n::{self, Execution, Lookup, N8n};
+use crate::n8n::{self, Execution, Lookup, N8n, Signer};
 use crate::observe::delivery as events;
 use crate::observe::trace::{self, TraceContext};
 use crate::payloads::{self, Attempt, Change, ClaimRequest, Claimed, Row, Store, Take, Taken, Transition};
+use crate::references;
 
 /// Tries to put a dead letter into the broker's topic, which is for people: the ledger has it already.
 const DEAD_LETTER_TRIES: u32 = 3;
@@ -225,7 +226,7 @@ pub(super) async fn work(ctx: &Ctx, slot: &mut Slot, message: Received) -> Fate 
         }
         return later(ctx, slot, message, &key, LATER).await;
     }
-    let now = ctx.clock.now();
+    let (now, taken_at) = (ctx.clock.now(), Instant::now());
     // Not covered by the signature: a wrong one spoils a trace, nothing else.
     let parent = TraceContext::from_header(message.properties.get("traceparent").map(String::as_str), 0.0);
     let attempt = Attempt {
@@ -337,6 +338,14 @@ pub(super) async fn work(ctx: &Ctx, slot: &mut Slot, message: Received) -> Fate 
         Ok(call) => call,
         Err(text) => return dead(ctx, slot, granted, None, "config", text).await,
     };
+    // Stopped or suspended since: somebody else may have the event by now.
+    if taken_at.elapsed() >= ctx.config.delivery.claim.0 {
+        let until = ctx.clock.now().plus(ctx.config.delivery.claim.0);
+        if !ctx.settle(&key, token, Change::Renew { until }).await {
+            return lost(ctx, slot, granted.message, &key).await;
+        }
+    }
+    let trial = slot.trial.is_some();
     let begun = Instant::now();
     let outcome = ctx.n8n.call(call).await;
     let took = begun.elapsed();
@@ -359,7 +368,16 @@ pub(super) async fn work(ctx: &Ctx, slot: &mut Slot, message: Received) -> Fate 
             let (class, text) = (judged.class.unwrap_or("http_4xx"), judged.text.unwrap_or_default());
             dead(ctx, slot, granted, Some(attempt), class, text).await
         }
-        Verdict::Retry { after } => retry(ctx, slot, granted, attempt, after, &judged_error(&judged)).await,
+        // The one event that went first to a server that is still down has spent no attempt: nobody has seen it.
+        Verdict::Retry { .. } if trial && judged.class == Some("connect") => {
+            ctx.settle(&key, token, Change::Release).await;
+            later(ctx, slot, granted.message, &key, ctx.config.delivery.breaker_open.0).await
+        }
+        Verdict::Retry { after } => {
+            // Neither is it the end of one that was answered "down" or "less": it was sent to find out.
+            let may_end = !(trial && judged.healthy == Some(false));
+            retry(ctx, slot, granted, attempt, after, may_end, &judged_error(&judged)).await
+        }
     }
 }
 
@@ -499,7 +517,7 @@ async fn answered(ctx: &Ctx, slot: &mut Slot, granted: Granted, attempt: Attempt
         ctx.ack(message).await;
         None
     };
-    let followed = Followed { key, row, token, route, attempt, message, permit, missing_since: None };
+    let followed = Followed { key, row, token, route, attempt, message, permit, found: false, missing_since: None };
     working.kept = true;
     if ctx.to_follower.send(followed).await.is_err() {
         working.kept = false;
@@ -507,18 +525,19 @@ async fn answered(ctx: &Ctx, slot: &mut Slot, granted: Granted, attempt: Attempt
     Fate::Followed
 }
 
-/// Again by the schedule, or dead when the schedule is at its end.
+/// Again by the schedule, or dead when the schedule is at its end and this may be the last attempt.
 async fn retry(
     ctx: &Ctx,
     slot: &Slot,
     granted: Granted,
     attempt: Attempt,
     after: Option<Duration>,
+    may_end: bool,
     error: &(&'static str, String),
 ) -> Fate {
     let (class, text) = error;
     let number = u64::from(attempt.number);
-    if number >= granted.route.retry.attempts_max {
+    if may_end && number >= granted.route.retry.attempts_max {
         let text = format!("{text} (attempt {number} of {})", granted.route.retry.attempts_max);
         return dead(ctx, slot, granted, Some(attempt), class, text).await;
     }
@@ -570,9 +589,19 @@ async fn dead(ctx: &Ctx, slot: &Slot, granted: Granted, attempt: Option<Attempt>
 }
 
 /// Into the broker's dead-letter topic. `false`: it would not go.
-async fn letter(ctx: &Ctx, message: &Received, reason: &str) -> bool {
+pub(super) async fn letter(ctx: &Ctx, message: &Received, reason: &str) -> bool {
+    repeat(|| ctx.broker.dead_letter(&message.topic, &message.raw, message.dead_letter_properties(), reason)).await
+}
+
+/// The same for an event that was followed, whose message is gone.
+pub(super) async fn letter_anew(ctx: &Ctx, row: &Row, reason: &str) {
+    let out = references::outgoing(&ctx.config, &row.envelope, ctx.clock.now());
+    repeat(|| ctx.broker.dead_letter_anew(out.clone(), reason)).await;
+}
+
+async fn repeat<F: Future<Output = Result<(), broker::Error>>>(send: impl Fn() -> F) -> bool {
     for n in 1..=DEAD_LETTER_TRIES {
-        match ctx.broker.dead_letter(&message.topic, &message.raw, message.dead_letter_properties(), reason).await {
+        match send().await {
             Ok(()) => return true,
             Err(error) => {
                 events::Waiting { what: "broker", error: &error.to_string() }.emit();
@@ -606,7 +635,7 @@ async fn reject(ctx: &Ctx, slot: &Slot, message: Received, kind: &'static str, r
 
 /// A message of an event that is final.
 async fn already(ctx: &Ctx, slot: &Slot, message: Received, key: Key, state: State) -> Fate {
-    let route = message.properties.get(crate::references::ROUTE).map_or("", String::as_str);
+    let route = message.properties.get(references::ROUTE).map_or("", String::as_str);
     if state == State::Dead && slot.ordered() && ctx.config.route(route).on_dead == OnDead::Hold {
         // After a restart: the dead letter still holds its key.
         return Fate::Dead { message, key };

@@ -23,6 +23,10 @@ use crate::references;
 
 /// Messages that wait for a slot. Enough for turns among tenants, small enough to hand over quickly at the end.
 const WAITING_MAX: usize = 1_024;
+/// Taken back out of a full room at once, and for how long: the room must not be held by one tenant whose events cannot be taken
+/// up as fast as they come (its route is slow, or so much is followed already), while others' stand behind it in the broker.
+const THIN_OUT: usize = WAITING_MAX / 16;
+const THIN_OUT_AGAIN: Duration = Duration::from_secs(5);
 /// Of one server that is down: beyond it its messages go back to the broker, so that they do not fill the room of others.
 const WAITING_FOR_DOWN_MAX: usize = WAITING_MAX / 4;
 /// Messages that wait behind another one of their ordering key (a reference is about a kilobyte). Beyond it they go back to
@@ -107,6 +111,8 @@ struct Worker {
     tasks: JoinSet<(Slot, Fate)>,
     /// Probes and polls, which answer by [`Input`].
     chores: JoinSet<()>,
+    /// Events that were taken up since the last tick.
+    picked: usize,
     timed: BinaryHeap<Reverse<(Instant, u64)>>,
     timed_items: HashMap<u64, (Meta, Received)>,
     next: u64,
@@ -190,6 +196,7 @@ impl Worker {
             external: routes.iter().map(|route| route.consumer == ConsumerKind::External).collect(),
             tasks: JoinSet::new(),
             chores: JoinSet::new(),
+            picked: 0,
             timed: BinaryHeap::new(),
             timed_items: HashMap::new(),
             next: 0,
@@ -227,7 +234,7 @@ impl Worker {
             let meta = self.meta(&message);
             let server = &self.servers[self.server_of[meta.route]];
             let behind = meta.order.as_ref().is_some_and(|key| self.scheduler.is_key_busy(key));
-            let down = !server.breaker.is_closed() && self.scheduler.waiting_for(meta.route) >= WAITING_FOR_DOWN_MAX;
+            let down = server.breaker.is_down() && self.scheduler.waiting_for(meta.route) >= WAITING_FOR_DOWN_MAX;
             if self.external[meta.route] || (behind && self.scheduler.behind() >= BEHIND_MAX) {
                 self.ctx.broker.release(message, BEHIND_AGAIN).await;
             } else if down && !behind && self.servers.len() > 1 {
@@ -263,6 +270,7 @@ impl Worker {
             let allows =
                 |route: RouteIndex| servers[server_of[route]].breaker.allows() && (room_to_follow || !follows[route]);
             let Some((meta, message)) = self.scheduler.pick(allows) else { break };
+            self.picked += 1;
             let trial = self.servers[self.server_of[meta.route]].breaker.taken();
             let follow =
                 if self.follows[meta.route] { self.ctx.follow_slots.clone().try_acquire_owned().ok() } else { None };
@@ -289,11 +297,15 @@ impl Worker {
                 if let Some(closed) = server.breaker.answered(std::time::Instant::now(), healthy, trial) {
                     events::Breaker { server: &server.name, open: !closed }.emit();
                 }
+                self.probe();
             }
             Input::Fate { meta, fate } => self.fate(meta, *fate),
             Input::FollowFreed => {}
             Input::Probed { server, there } => {
-                self.servers[server].breaker.probed(std::time::Instant::now(), there);
+                let server = &mut self.servers[server];
+                if server.breaker.probed(std::time::Instant::now(), there) {
+                    events::Breaker { server: &server.name, open: true }.emit();
+                }
             }
             Input::Revived(keys) => {
                 for key in keys {
@@ -356,9 +368,9 @@ impl Worker {
         }
     }
 
-    fn tick(&mut self) {
+    /// Looks after servers whose time it is.
+    fn probe(&mut self) {
         let now = std::time::Instant::now();
-        while self.chores.try_join_next().is_some() {}
         for (server, at) in self.servers.iter_mut().zip(0..) {
             if server.breaker.probe(now) {
                 let (n8n, url, to_worker) = (self.ctx.n8n.clone(), server.url.clone(), self.ctx.to_worker.clone());
@@ -367,6 +379,21 @@ impl Worker {
                     let _ = to_worker.send(Input::Probed { server: at, there }).await;
                 });
             }
+        }
+    }
+
+    fn tick(&mut self) {
+        while self.chores.try_join_next().is_some() {}
+        self.probe();
+        // A room that empties quickly lets others in by itself.
+        if std::mem::take(&mut self.picked) < THIN_OUT / 4 && self.scheduler.waiting() >= WAITING_MAX {
+            let out = self.scheduler.thin_out(THIN_OUT);
+            let broker = self.ctx.broker.clone();
+            self.chores.spawn(async move {
+                for message in out {
+                    broker.release(message, THIN_OUT_AGAIN).await;
+                }
+            });
         }
         let (waiting, behind, working) = (self.scheduler.waiting(), self.scheduler.behind(), self.tasks.len());
         let following = self.ctx.config.delivery.follow_max as usize - self.ctx.follow_slots.available_permits();
@@ -380,7 +407,7 @@ impl Worker {
             working,
             following,
             keys_held: self.dead.len(),
-            breakers_open: self.servers.iter().filter(|s| !s.breaker.is_closed()).map(|s| s.name.clone()).collect(),
+            breakers_open: self.servers.iter().filter(|s| s.breaker.is_down()).map(|s| s.name.clone()).collect(),
             last_error: self.last_error.clone(),
         };
     }

@@ -31,7 +31,9 @@ pub(super) async fn call(client: &reqwest::Client, call: Call) -> Result<Answer,
     let headers = std::mem::take(response.headers_mut());
     let mut body = BytesMut::new();
     let mut first = Bytes::new();
-    while let Some(chunk) = response.chunk().await.map_err(classify)? {
+    // The status is the answer: a body that breaks off or does not end in time takes nothing back of it. What has come of it
+    // is kept.
+    while let Ok(Some(chunk)) = response.chunk().await {
         let room = ANSWER_MAX - first.len() - body.len();
         let chunk = if chunk.len() > room { chunk.slice(..room) } else { chunk };
         // Nearly every answer is one chunk: no copy for it.
@@ -127,6 +129,103 @@ mod tests {
         let (n8n, _server) =
             once(b"HTTP/1.1 302 Found\r\nlocation: /elsewhere\r\ncontent-length: 0\r\n\r\n".to_vec(), LONG).await;
         assert_eq!(n8n.call(post(&n8n, LONG)).await.unwrap().status, 302);
+    }
+
+    #[tokio::test]
+    async fn a_signed_call_does_not_follow_to_another_server() {
+        let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        for status in ["301 Moved", "302 Found", "303 See Other", "307 Temporary Redirect", "308 Permanent Redirect"] {
+            let location = elsewhere.local_addr().unwrap();
+            let answer =
+                format!("HTTP/1.1 {status}\r\nlocation: http://{location}/\r\ncontent-length: 0\r\n\r\n").into_bytes();
+            let (n8n, _server) = once(answer, LONG).await;
+            assert!(n8n.call(post(&n8n, LONG)).await.unwrap().status.is_redirection());
+        }
+        let nobody = tokio::time::timeout(Duration::from_millis(50), elsewhere.accept()).await;
+        assert!(nobody.is_err(), "the call went on to where the redirect pointed");
+    }
+
+    /// What strange servers answer, what is made of it, and that it ends in time.
+    #[tokio::test]
+    async fn strange_answers_are_answers_or_broken_connections() {
+        let head = |status: &str, more: &str| format!("HTTP/1.1 {status}\r\n{more}\r\n").into_bytes();
+        let with = |head: Vec<u8>, body: &[u8]| [head, body.to_vec()].concat();
+        let many = |count: usize| (0..count).map(|n| format!("x-{n}: 1\r\n")).collect::<String>();
+        let cases: Vec<(&str, Vec<u8>, Option<u16>)> = vec![
+            ("204", head("204 No Content", ""), Some(204)),
+            ("informational", with(head("100 Continue", ""), &head("204 No Content", "")), Some(204)),
+            ("early hints", with(head("103 Early Hints", "link: </x>\r\n"), &head("204 No Content", "")), Some(204)),
+            // The status is known: it counts, whatever becomes of the body.
+            ("ends in mid-body", with(head("200 OK", "content-length: 100\r\n"), b"{\"a\":"), Some(200)),
+            ("gone, in mid-body", with(head("410 Gone", "content-length: 100\r\n"), b"x"), Some(410)),
+            ("a chunk that is none", with(head("200 OK", "transfer-encoding: chunked\r\n"), b"zz\r\n"), Some(200)),
+            ("no UTF-8", with(head("500 No", "x: \u{fffd}\r\ncontent-length: 2\r\n"), b"\xff\xfe"), Some(500)),
+            ("unknown status", head("799 What", "content-length: 0\r\n"), Some(799)),
+            ("a header of 1 MiB", head("200 OK", &format!("x: {}\r\n", "y".repeat(1 << 20))), None),
+            ("10,000 headers", head("200 OK", &many(10_000)), None),
+            ("no HTTP", b"SSH-2.0-OpenSSH_9.2\r\n".to_vec(), None),
+            ("nothing", Vec::new(), None),
+        ];
+        for (name, answer, expected) in cases {
+            let (n8n, _server) = once(answer, Duration::ZERO).await;
+            let outcome = n8n.call(post(&n8n, LONG)).await;
+            match (&outcome, expected) {
+                (Ok(answer), Some(status)) => assert_eq!(answer.status.as_u16(), status, "{name}"),
+                (Err(CallError::Reset(_)), None) => {}
+                _ => panic!("{name}: {outcome:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_body_that_never_ends_takes_nothing_back_of_the_status() {
+        let answer = b"HTTP/1.1 429 Slow\r\nretry-after: 7\r\ncontent-length: 100\r\n\r\nx".to_vec();
+        let (n8n, _server) = once(answer, LONG).await;
+        let answer = n8n.call(post(&n8n, Duration::from_millis(200))).await.unwrap();
+        assert_eq!((answer.status.as_u16(), &answer.body[..]), (429, &b"x"[..]));
+        assert_eq!(answer.headers["retry-after"], "7");
+    }
+
+    /// A kept connection that the server closes as the next call comes is the moment in which a client that sends again by
+    /// itself runs a workflow twice.
+    #[tokio::test]
+    async fn a_call_on_a_kept_connection_is_sent_once() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let n8n = N8n::new(&config(&format!("http://{}", listener.local_addr().unwrap()))).unwrap();
+        #[allow(clippy::disallowed_methods)]
+        let server = tokio::spawn(async move {
+            let mut requests = 0;
+            loop {
+                let Ok((mut stream, _)) = listener.accept().await else { return requests };
+                let mut on_this = 0;
+                let mut asked = vec![0; 65_536];
+                // The second request on a connection is read and the connection closed.
+                while on_this < 2 && stream.read(&mut asked).await.unwrap_or(0) > 0 {
+                    (on_this, requests) = (on_this + 1, requests + 1);
+                    if on_this == 1 {
+                        stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+                    }
+                }
+                if requests >= 3 {
+                    return requests;
+                }
+            }
+        });
+        assert_eq!(n8n.call(post(&n8n, LONG)).await.unwrap().status, 204);
+        assert!(matches!(n8n.call(post(&n8n, LONG)).await.unwrap_err(), CallError::Reset(_)));
+        // The third goes over a new connection; nobody sent the second one again.
+        assert_eq!(n8n.call(post(&n8n, LONG)).await.unwrap().status, 204);
+        drop(n8n);
+        assert_eq!(server.await.unwrap(), 3);
+    }
+
+    #[tokio::test]
+    async fn names_and_certificates_that_do_not_work_mean_that_nothing_was_seen() {
+        let n8n = N8n::new(&config("http://n8n.invalid")).unwrap();
+        assert!(matches!(n8n.call(post(&n8n, LONG)).await.unwrap_err(), CallError::Connect(_)));
+        let (plain, _server) = once(b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), LONG).await;
+        let n8n = N8n::new(&config(&plain.base().as_str().replace("http://", "https://"))).unwrap();
+        assert!(matches!(n8n.call(post(&n8n, LONG)).await.unwrap_err(), CallError::Connect(_)));
     }
 
     #[tokio::test]

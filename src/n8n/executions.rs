@@ -5,6 +5,9 @@
 //! - By `traceparent`: n8n writes that of the webhook's request to `execution_entity."tracingContext"` (JSON) when it makes the
 //!   row. There is no index on it, so the table is read by its primary key from the newest row downwards, in pages, until
 //!   rows are older than the oldest attempt that is asked for: one pass for many look-ups.
+//! - With `N8N_OTEL_ENABLED` n8n replaces that context by its own span, of the same trace, when the workflow starts
+//!   (`modules/otel/otel-lifecycle-handler.js`). The trace alone does not tell an execution (whoever published may be in it), so it only
+//!   confirms an id that an answer claimed.
 //! - The API's list has no `tracingContext` and leaves running executions out unless asked for them: both lists are read, and
 //!   each execution that was not seen before is fetched once by id; what it was started by is remembered.
 //! - States: `new`, `running`, `waiting` are open; `success`, `error`, `crashed`, `canceled` are ends; `unknown` counts as
@@ -28,7 +31,8 @@ use crate::config;
 use crate::postgres::{self, Pool};
 use crate::units::Span;
 
-/// What to look for. With an id the id decides, otherwise the traceparent.
+/// What to look for. An id alone decides. With both the id is what an answer claimed: it counts only when that execution was
+/// not started by something else, and otherwise the traceparent is looked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lookup {
     pub id: Option<String>,
@@ -64,10 +68,35 @@ struct Found {
 }
 
 impl Found {
-    fn execution(self) -> Execution {
+    fn execution(&self) -> Execution {
         let run = run(&self.status, self.id);
         Execution { id: self.id.to_string(), run, started_at: self.started_at }
     }
+}
+
+/// The execution that the look-up names, if it can be the one. An answer is the workflow's own text: it may name an execution
+/// of somebody else, or an id of another system.
+fn by_claim<'a>(found: &'a HashMap<i64, Found>, lookup: &Lookup) -> Option<&'a Found> {
+    let found = found.get(&lookup.id.as_ref()?.parse().ok()?)?;
+    let fits = match (&lookup.traceparent, &found.traceparent) {
+        (None, _) => true,
+        (Some(ours), Some(its)) => ours == its,
+        // An older n8n, which does not keep it.
+        (Some(_), None) => is_recent(found, lookup),
+    };
+    fits.then_some(found)
+}
+
+/// The same where n8n has its own span in place of ours. Only when ours is nowhere.
+fn by_trace_of<'a>(found: &'a HashMap<i64, Found>, lookup: &Lookup) -> Option<&'a Found> {
+    let found = found.get(&lookup.id.as_ref()?.parse().ok()?)?;
+    // `00-` and 32 digits.
+    let (ours, its) = (lookup.traceparent.as_ref()?.get(..35)?, found.traceparent.as_ref()?.get(..35)?);
+    (ours == its && is_recent(found, lookup)).then_some(found)
+}
+
+fn is_recent(found: &Found, lookup: &Lookup) -> bool {
+    found.created_at.is_none_or(|at| at >= lookup.not_before.minus(CLOCK_SLACK))
 }
 
 fn run(status: &str, id: i64) -> Run {
@@ -107,14 +136,6 @@ impl Source {
 
     pub(super) async fn look(&self, lookups: &[Lookup]) -> Result<Vec<Option<Execution>>, Error> {
         let ids: Vec<i64> = lookups.iter().filter_map(|l| l.id.as_ref()?.parse().ok()).collect();
-        let traces: HashSet<&str> =
-            lookups.iter().filter(|l| l.id.is_none()).filter_map(|l| l.traceparent.as_deref()).collect();
-        let not_before = lookups
-            .iter()
-            .filter(|l| l.id.is_none())
-            .map(|l| l.not_before.minus(CLOCK_SLACK))
-            .min()
-            .unwrap_or_default();
         let work = async {
             let mut by_id: HashMap<i64, Found> = HashMap::new();
             if !ids.is_empty() {
@@ -125,6 +146,9 @@ impl Source {
                 };
                 by_id.extend(rows.into_iter().map(|row| (row.id, row)));
             }
+            let open: Vec<&Lookup> = lookups.iter().filter(|l| by_claim(&by_id, l).is_none()).collect();
+            let traces: HashSet<&str> = open.iter().filter_map(|l| l.traceparent.as_deref()).collect();
+            let not_before = open.iter().map(|l| l.not_before.minus(CLOCK_SLACK)).min().unwrap_or_default();
             let mut by_trace: HashMap<String, Found> = HashMap::new();
             if !traces.is_empty() {
                 match self {
@@ -134,14 +158,13 @@ impl Source {
             }
             Ok((by_id, by_trace))
         };
-        let (mut by_id, mut by_trace) =
+        let (by_id, by_trace) =
             tokio::time::timeout(DEADLINE, work).await.map_err(|_| unreachable("no answer in time"))??;
         Ok(lookups
             .iter()
-            .map(|lookup| match (&lookup.id, &lookup.traceparent) {
-                (Some(id), _) => by_id.remove(&id.parse().ok()?).map(Found::execution),
-                (None, Some(trace)) => by_trace.remove(trace).map(Found::execution),
-                (None, None) => None,
+            .map(|lookup| {
+                let traced = || by_trace.get(lookup.traceparent.as_deref()?);
+                by_claim(&by_id, lookup).or_else(traced).or_else(|| by_trace_of(&by_id, lookup)).map(Found::execution)
             })
             .collect())
     }
@@ -480,6 +503,33 @@ mod tests {
         // What is older than the attempt by more than the clocks' slack is another attempt's.
         let later = since.plus(Duration::from_secs(3600));
         assert_eq!(n8n.execution_by_traceparent(TRACE, later).await.unwrap().map(|e| e.id), None);
+    }
+
+    #[tokio::test]
+    async fn an_id_that_an_answer_claims_is_checked() {
+        const OTHER: &str = "00-0af7651916cd43dd8448eb211c80319c-00f067aa0ba902b7-01";
+        let (_dir, connection, n8n) = database();
+        insert(&connection, "success", "2026-11-24 03:00:00.000", Some(OTHER));
+        insert(&connection, "error", "2026-11-24 03:00:00.000", Some(TRACE));
+        insert(&connection, "success", "2026-11-24 02:00:00.000", None);
+        insert(&connection, "success", "2026-11-24 03:00:00.000", None);
+        let not_before: Timestamp = "2026-11-24T03:00:00Z".parse().unwrap();
+        let look = async |id: &str, trace: Option<&str>| {
+            let lookup = Lookup { id: Some(id.into()), traceparent: trace.map(str::to_owned), not_before };
+            n8n.look(&[lookup]).await.unwrap().remove(0).map(|e| e.id)
+        };
+        assert_eq!(look("2", Some(TRACE)).await.as_deref(), Some("2"));
+        // Somebody else's, one from before the attempt, one that is none: ours is found nevertheless.
+        for claimed in ["1", "3", "77", "999999999999999999"] {
+            assert_eq!(look(claimed, Some(TRACE)).await.as_deref(), Some("2"), "{claimed}");
+        }
+        assert_eq!(look("4", Some(TRACE)).await.as_deref(), Some("4"), "without a context of its own it can be ours");
+        assert_eq!(look("1", None).await.as_deref(), Some("1"));
+        // n8n traces itself: its own span, in our trace, is all that there is.
+        connection.execute("DELETE FROM execution_entity WHERE id = 2", []).unwrap();
+        assert_eq!(look("1", Some(TRACE)).await.as_deref(), Some("1"));
+        let another = TRACE.replace("0af7", "ffff");
+        assert_eq!(look("1", Some(&another)).await, None);
     }
 
     #[tokio::test]

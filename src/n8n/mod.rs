@@ -19,6 +19,7 @@
 mod auth;
 mod call;
 pub mod executions;
+mod sign;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,6 +28,7 @@ use bytes::Bytes as Body;
 
 pub use auth::authorize;
 pub use executions::Lookup;
+pub use sign::Signer;
 
 use crate::clock::Timestamp;
 use crate::config;
@@ -56,7 +58,7 @@ pub enum CallError {
     Reset(String),
 }
 
-/// A complete answer; `body` is cut at 64 KiB.
+/// An answer; `body` is cut at 64 KiB, and where it broke off.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: http::StatusCode,
@@ -266,6 +268,37 @@ mod tests {
         assert_eq!(url("https://other/x", None).unwrap(), "https://other/x");
         assert!(url("/webhook/{workflow}", None).is_err());
         assert!(url("/webhook/{workflow}", Some("..")).is_err());
+    }
+
+    /// A workflow's name is the caller's text: whatever it contains, it stays one segment of the path on the route's server.
+    #[test]
+    fn hostile_names_stay_one_segment() {
+        let n8n = N8n::new(&config("http://127.0.0.1:5678")).unwrap();
+        for template in
+            ["/webhook/{workflow}", "https://other.example/webhook/{workflow}", "/webhook/{workflow}?a={workflow}"]
+        {
+            for name in [
+                "../rest",
+                "%2e%2e",
+                "%2E./x",
+                "..\\..\\rest",
+                "x?y=1",
+                "x#y",
+                "@evil.example",
+                "//evil.example",
+                "a\r\nX: 1",
+                "\t",
+                "…",
+                "{tenant}",
+            ] {
+                let url = n8n.webhook_url(template, Some(name), "acme").unwrap();
+                assert!(matches!(url.host_str(), Some("127.0.0.1" | "other.example")), "{url}");
+                assert_eq!((url.username(), url.fragment()), ("", None), "{url}");
+                let segments: Vec<_> = url.path_segments().unwrap().collect();
+                assert_eq!((segments.len(), segments[0]), (2, "webhook"), "{url}");
+                assert_eq!(url.query().is_some(), template.contains('?'), "{url}");
+            }
+        }
     }
 
     #[test]

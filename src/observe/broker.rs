@@ -58,6 +58,16 @@ impl PublishFailed<'_> {
     }
 }
 
+/// Another appliance of the subscription has other signing keys: nothing is published or delivered here meanwhile.
+pub struct KeysDiffer<'a> {
+    pub cause: &'a str,
+}
+impl KeysDiffer<'_> {
+    pub fn emit(&self) {
+        tracing::error!(cause = self.cause, "the signing keys of the fleet differ: waiting");
+    }
+}
+
 /// Messages are done with.
 pub struct Acknowledged {
     pub kind: &'static str,

@@ -1,5 +1,8 @@
 //! The state of each part, as `/readyz`, `dealscale status` and metrics tell it.
 
+use std::sync::LazyLock;
+
+use prometheus::IntGaugeVec;
 use serde::{Deserialize, Serialize};
 
 /// How a part is.
@@ -30,6 +33,10 @@ impl Part {
     }
 }
 
+static LEVELS: LazyLock<IntGaugeVec> = LazyLock::new(|| {
+    super::gauges("dealscale_part_level", "State of each part: 0 works, 1 degraded, 2 down.", &["part"])
+});
+
 /// All parts together.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
@@ -42,6 +49,13 @@ impl Report {
         let level = parts.iter().map(|p| p.level).max().unwrap_or(Level::Ok);
         Self { level, parts }
     }
+    /// For the metrics: the parts are those of the configuration, a handful.
+    pub fn gauges(&self) {
+        for part in &self.parts {
+            LEVELS.with_label_values(&[&part.name]).set(part.level as i64);
+        }
+    }
+
     /// Ready means: publishes are taken. A broker or n8n that is down does not change that.
     pub fn is_ready(&self) -> bool {
         self.level < Level::Down

@@ -51,9 +51,10 @@ fn targets(config: &Log) -> Result<Targets, tracing_subscriber::filter::ParseErr
 pub fn init(config: &Log) -> Result<Logs, String> {
     let targets = targets(config).map_err(|e| format!("log.filter: {e}"))?;
     let (filter, handle) = reload::Layer::new(targets);
-    // systemd sets JOURNAL_STREAM for a service whose standard error is the journal (systemd.exec(5)).
-    let journal = config.format == LogFormat::Auto && std::env::var_os("JOURNAL_STREAM").is_some();
+    let journal = config.format == LogFormat::Auto && stderr_is_journal();
     let terminal = std::io::stderr().is_terminal();
+    // https://no-color.org
+    let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let text = config.format == LogFormat::Text || (config.format == LogFormat::Auto && terminal);
     // Lines are written by a thread of their own, so that a slow reader of standard error holds up no request. At 16,384 queued lines
     // whoever logs waits: no line is dropped.
@@ -65,7 +66,7 @@ pub fn init(config: &Log) -> Result<Logs, String> {
     let output: Box<dyn Layer<_> + Send + Sync> = if journal {
         Box::new(Journal)
     } else if text {
-        Box::new(tracing_subscriber::fmt::layer().with_ansi(terminal).with_writer(stderr))
+        Box::new(tracing_subscriber::fmt::layer().with_ansi(colour).with_writer(stderr))
     } else {
         Box::new(tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(stderr))
     };
@@ -91,6 +92,13 @@ pub fn init(config: &Log) -> Result<Logs, String> {
         .try_init()
         .map_err(|e| format!("cannot start logging: {e}"))?;
     Ok(Logs { filter: handle, _writers: writers })
+}
+
+/// systemd sets JOURNAL_STREAM to the device and inode of a service's standard error where that is the journal (systemd.exec(5)). A shell
+/// that a service started hands the variable on, with another standard error: only the comparison tells.
+fn stderr_is_journal() -> bool {
+    let Ok(stat) = nix::sys::stat::fstat(std::io::stderr()) else { return false };
+    std::env::var("JOURNAL_STREAM").is_ok_and(|stream| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
 /// Sends each event to journald with its fields as journal fields (`DEALSCALE_TENANT=…`).

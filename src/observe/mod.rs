@@ -65,6 +65,17 @@ fn seconds() -> Vec<f64> {
     vec![0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
 }
 
+/// Which program this is and since when it runs. Once per process.
+pub fn started() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let info = gauges("dealscale_build_info", "1, with the version of the program.", &["version"]);
+        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let start = gauge("dealscale_start_timestamp_seconds", "When this process started.");
+        start.set(crate::clock::Clock::System.now().as_secs());
+    });
+}
+
 /// The Prometheus text format, version 0.0.4.
 pub fn render() -> String {
     let mut text = String::new();

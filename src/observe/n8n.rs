@@ -30,7 +30,7 @@ impl Called {
 
 /// n8n's executions cannot be read.
 pub struct LookupFailed<'a> {
-    pub error: &'a crate::n8n::Error,
+    pub error: &'a dyn std::fmt::Display,
 }
 
 impl LookupFailed<'_> {

@@ -158,7 +158,10 @@ pub fn exporter(
         .with_endpoint(format!("{}/v1/traces", endpoint.trim_end_matches('/')))
         .build()
         .map_err(|e| format!("cannot make the OTLP exporter: {e}"))?;
-    exporter.set_resource(&opentelemetry_sdk::Resource::builder().with_service_name("dealscale").build());
+    let resource = opentelemetry_sdk::Resource::builder()
+        .with_service_name("dealscale")
+        .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
+    exporter.set_resource(&resource.build());
     // About half a minute of 100 events a second with four spans each.
     let (sender, mut receiver) = mpsc::channel(8_192);
     if QUEUE.set(sender).is_err() {

@@ -19,10 +19,11 @@ use super::record::{self, Bad};
 use super::store::{Failure, Kv, Tree, Write};
 use super::{
     Backlog, Cancelled, Error, Forward, Found, Held, LeaseLimit, Leased, Sequence, Settle, Status, TenantLimits,
+    Unreadable,
 };
 use crate::clock::Timestamp;
 use crate::config;
-use crate::event::Event;
+use crate::event::{Content, Event, State};
 use crate::ids::{BodyHash, ExecutionId, Key, Tenant, Topic};
 use crate::seal::Seal;
 use crate::units::Bytes;
@@ -34,6 +35,8 @@ const MESSAGES: Trees =
 const RETAINED_MAX: usize = 64;
 /// Expired idempotency keys that are forgotten with one batch: their deletes ride along, they never dominate it.
 const EXPIRE_MAX: usize = 256;
+/// Bodies of one list: the answer ends early rather than fill the memory.
+const LIST_BYTES: Bytes = Bytes::mib(32);
 
 /// A record ready to append: encoded in the caller's task, not in the owner's thread.
 pub struct Prepared {
@@ -85,6 +88,8 @@ pub struct Engine {
     local: Queue,
     pub next: u64,
     pub next_message: u64,
+    /// What `next` will be at least after the next open: for the witness, which must never be ahead of the store.
+    pub durable_next: u64,
     leased: HashMap<u64, Lease>,
     /// Fingerprint of (tenant, id) → sequence. A collision (one in 2^64 pairs) only hides one of the two from lookups.
     ids: HashMap<u64, u64>,
@@ -103,7 +108,7 @@ pub struct Engine {
     batch_ids: HashMap<u64, BodyHash>,
 }
 
-fn fingerprint(tenant: &Tenant, id: &ExecutionId) -> u64 {
+pub fn fingerprint(tenant: &Tenant, id: &ExecutionId) -> u64 {
     use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
     BuildHasherDefault::<DefaultHasher>::default().hash_one((tenant.as_str(), id.0.as_bytes()))
 }
@@ -187,6 +192,7 @@ impl Engine {
             local,
             next,
             next_message,
+            durable_next: next,
             leased: HashMap::new(),
             ids,
             poisoned,
@@ -202,6 +208,15 @@ impl Engine {
         })
     }
 
+    /// Numbers below these are not used again, and that is written with the next batch.
+    pub fn skip_to(&mut self, next: u64, next_message: u64) {
+        if next > self.next || next_message > self.next_message {
+            self.next = self.next.max(next);
+            self.next_message = self.next_message.max(next_message);
+            self.persist_next();
+        }
+    }
+
     // --- appending ---
 
     /// Adds to the batch. `disk_free` is a recent figure of the folder's disk.
@@ -210,7 +225,7 @@ impl Engine {
         let mut groups: BTreeMap<Tenant, Vec<(usize, Prepared)>> = BTreeMap::new();
         let mut expiring = Vec::new();
         for (n, item) in items.into_iter().enumerate() {
-            match self.judge(&item, disk_free) {
+            match self.judge(&item, now, disk_free) {
                 Err(error) => results.push(Err(error)),
                 Ok(Some(taken)) => results.push(Ok(taken)),
                 Ok(None) => {
@@ -247,9 +262,7 @@ impl Engine {
                 }
             }
         }
-        let value_max = self.kv.value_max();
         for (tenant, items) in groups {
-            let first = self.next;
             let mut entries = Vec::with_capacity(items.len());
             for (n, item) in items {
                 let sequence = self.next;
@@ -260,11 +273,7 @@ impl Engine {
                 }
                 entries.push(New { id: *item.execution_id.0.as_bytes(), bytes: item.bytes });
             }
-            self.records.append(first, tenant.as_str(), now, entries, value_max, &mut self.writes);
-            let Self { records, queue, .. } = self;
-            for (first, pack) in records.packs.range(first..) {
-                queue.pack(&pack.group, *first);
-            }
+            self.enqueue(&tenant, entries, now);
         }
         if self.status.oldest.is_none() && self.status.records > 0 {
             self.status.oldest = Some(now);
@@ -272,19 +281,30 @@ impl Engine {
         if !expiring.is_empty() {
             let mut key = now.plus(self.settings.key_window.0).0.to_be_bytes().to_vec();
             key.extend_from_slice(&self.next.to_be_bytes());
-            for (n, part) in expiring.chunks(value_max / 16 * 16).enumerate() {
+            for (n, part) in expiring.chunks(self.kv.value_max() / 16 * 16).enumerate() {
                 let mut key = key.clone();
-                key.push(n as u8);
+                key.extend_from_slice(&(n as u16).to_be_bytes());
                 self.writes.push(Write { tree: Tree::Expiry, key, value: Some(part.to_vec()) });
             }
         }
         results
     }
 
+    /// Packs of one tenant, whose entries have had the last sequences.
+    fn enqueue(&mut self, tenant: &Tenant, entries: Vec<New>, now: Timestamp) {
+        let first = self.next - entries.len() as u64;
+        let value_max = self.kv.value_max();
+        self.records.append(first, tenant.as_str(), now, entries, value_max, &mut self.writes);
+        let Self { records, queue, .. } = self;
+        for (first, pack) in records.packs.range(first..) {
+            queue.pack(&pack.group, *first);
+        }
+    }
+
     /// A refusal, a duplicate, or `None`: take it.
-    fn judge(&mut self, item: &Prepared, disk_free: Bytes) -> Result<Option<Taken>, Error> {
+    fn judge(&mut self, item: &Prepared, now: Timestamp, disk_free: Bytes) -> Result<Option<Taken>, Error> {
         if let Some((key, _)) = &item.key
-            && let Some(known) = self.known_key(key)?
+            && let Some(known) = self.known_key(key, now)?
         {
             if known.body_hash != item.body_hash {
                 return Err(Error::KeyReused);
@@ -304,7 +324,7 @@ impl Engine {
             return self.same_or_conflict(event.envelope.body_hash, item, Some(sequence));
         }
         let size = item.bytes.len() as u64;
-        // A sixteenth of the outbox, or what sixteen bits of chunk numbers hold.
+        // All of the outbox, or what sixteen bits of chunk numbers hold.
         let largest = self.settings.bytes_max.0.min((self.kv.value_max() as u64 - 64) * u64::from(u16::MAX));
         if size > largest {
             return Err(Error::Oversized { size: Bytes(size), max: Bytes(largest) });
@@ -333,13 +353,17 @@ impl Engine {
         Ok(Some(Taken { execution_id: item.execution_id, sequence, duplicate: true, answer: None }))
     }
 
-    fn known_key(&self, key: &[u8; 16]) -> Result<Option<KnownKey>, Error> {
+    fn known_key(&self, key: &[u8; 16], now: Timestamp) -> Result<Option<KnownKey>, Error> {
         if let Some(known) = self.batch_keys.get(key) {
             let KnownKey { body_hash, execution_id, answer } = known;
             return Ok(Some(KnownKey { body_hash: *body_hash, execution_id: *execution_id, answer: answer.clone() }));
         }
         let value = self.kv.get(Tree::Keys, key).map_err(|e| failed("read an idempotency key", &e))?;
         Ok(value.and_then(|v| {
+            // One that expired counts no more, whether or not it is its turn to be deleted.
+            if i64::from_be_bytes(v.get(..8)?.try_into().ok()?) <= now.0 {
+                return None;
+            }
             Some(KnownKey {
                 body_hash: BodyHash(v.get(8..40)?.try_into().ok()?),
                 execution_id: ExecutionId(uuid::Uuid::from_bytes(v.get(40..56)?.try_into().ok()?)),
@@ -543,23 +567,52 @@ impl Engine {
         Ok(true)
     }
 
-    pub fn cancel(&mut self, key: &Key) -> Result<Cancelled, Failure> {
+    /// Takes an event out of the queue and leaves, in the same batch, the record that the ledger will tell of it: "cancelled" is an
+    /// end that somebody may ask for, and a second publish of the same id meets it.
+    pub fn cancel(&mut self, key: &Key, now: Timestamp) -> Result<Cancelled, Failure> {
         let Some(sequence) = self.sequence_of(key) else { return Ok(Cancelled::Absent) };
         if self.leased.contains_key(&sequence) {
             return Ok(Cancelled::Leased);
         }
         let Ok(raw) = self.records.read(sequence, &*self.kv)? else { return Ok(Cancelled::Absent) };
-        match record::decode(&raw, self.seal.as_deref()) {
-            Ok(event) if event.key() == *key => {
-                if self.poisoned.remove(&sequence).is_some() {
-                    self.writes.push(Write { tree: Tree::Poison, key: sequence.to_be_bytes().to_vec(), value: None });
-                }
-                self.forget(sequence, raw.len() as u64, &key.tenant, &key.execution_id);
-                self.finish(&[sequence])?;
-                Ok(Cancelled::Done)
-            }
-            _ => Ok(Cancelled::Absent),
+        let mut event = match record::decode(&raw, self.seal.as_deref()) {
+            Ok(event) if event.key() == *key => event,
+            _ => return Ok(Cancelled::Absent),
+        };
+        match &event.envelope.content {
+            Content::Done { state: State::Cancelled, .. } => return Ok(Cancelled::Done),
+            // A call that was made: the ledger will say what came of it.
+            Content::Done { .. } => return Ok(Cancelled::Leased),
+            _ => {}
         }
+        let poisoned = self.poisoned.remove(&sequence).is_some();
+        if poisoned {
+            self.writes.push(Write { tree: Tree::Poison, key: sequence.to_be_bytes().to_vec(), value: None });
+        }
+        self.forget(sequence, raw.len() as u64, &key.tenant, &key.execution_id);
+        self.finish(&[sequence])?;
+        // A poisoned record's id may be another event's, which is not cancelled.
+        if !poisoned {
+            event.envelope.content = Content::Done {
+                state: State::Cancelled,
+                status: None,
+                started_at: now,
+                duration_ms: 0,
+                error: None,
+                n8n_execution_id: None,
+            };
+            let bytes = record::encode(&event, self.seal.as_deref());
+            let size = bytes.len() as u64;
+            self.status.records += 1;
+            self.status.bytes += size;
+            let tenant = self.status.tenants.entry(key.tenant.to_string()).or_default();
+            tenant.records += 1;
+            tenant.bytes += size;
+            self.ids.insert(fingerprint(&key.tenant, &key.execution_id), self.next);
+            self.next += 1;
+            self.enqueue(&key.tenant, vec![New { id: *key.execution_id.0.as_bytes(), bytes }], now);
+        }
+        Ok(Cancelled::Done)
     }
 
     // --- reading ---
@@ -574,15 +627,38 @@ impl Engine {
         Ok(raw.ok().and_then(|raw| record::decode(&raw, self.seal.as_deref()).ok()))
     }
 
-    fn found(&mut self, sequence: u64) -> Result<Option<Found>, Error> {
-        let Some(event) = self.event(sequence)? else { return Ok(None) };
+    fn found(&mut self, sequence: u64, bodies: bool) -> Result<Option<Found>, Error> {
+        let Some(mut event) = self.event(sequence)? else { return Ok(None) };
+        let body_bytes = event.body.len() as u64;
+        if !bodies {
+            event.body = Body::new();
+        }
         let leased = self.leased.contains_key(&sequence);
-        Ok(Some(Found { sequence: Sequence(sequence), event, leased, poisoned: self.poisoned.get(&sequence).cloned() }))
+        let poisoned = self.poisoned.get(&sequence).cloned();
+        Ok(Some(Found { sequence: Sequence(sequence), event, body_bytes, leased, poisoned }))
+    }
+
+    /// Records that nobody can read: those that were poisoned for it, or (`all`) whatever is found by reading everything.
+    pub fn unreadable(&mut self, all: bool) -> Result<Vec<Unreadable>, Failure> {
+        let sequences: Vec<u64> =
+            if all { self.open_sequences().collect() } else { self.poisoned.keys().copied().collect() };
+        let mut found = Vec::new();
+        for sequence in sequences {
+            let raw = self.records.read(sequence, &*self.kv)?;
+            if let Err(bad) = raw.and_then(|raw| record::decode(&raw, self.seal.as_deref()).map(drop)) {
+                let tenant =
+                    self.records.locate(sequence).map(|(first, _)| self.records.packs[&first].group.to_string());
+                let poisoned = self.poisoned.contains_key(&sequence);
+                let tenant = tenant.unwrap_or_default();
+                found.push(Unreadable { sequence: Sequence(sequence), tenant, poisoned, why: bad.to_string() });
+            }
+        }
+        Ok(found)
     }
 
     pub fn find(&mut self, key: &Key) -> Result<Option<Found>, Error> {
         let Some(sequence) = self.sequence_of(key) else { return Ok(None) };
-        Ok(self.found(sequence)?.filter(|found| found.event.key() == *key))
+        Ok(self.found(sequence, true)?.filter(|found| found.event.key() == *key))
     }
 
     pub fn list(
@@ -591,16 +667,21 @@ impl Engine {
         poisoned: bool,
         after: Option<Sequence>,
         limit: usize,
+        bodies: bool,
     ) -> Result<Vec<Found>, Error> {
+        let full = |found: &[Found]| {
+            let bytes: usize = found.iter().map(|f| f.event.body.len()).sum();
+            found.len() >= limit || bytes as u64 >= LIST_BYTES.0
+        };
         let from = after.map_or(0, |a| a.0.saturating_add(1));
         let mut found = Vec::new();
         if poisoned {
             let sequences: Vec<u64> = self.poisoned.range(from..).map(|(s, _)| *s).collect();
             for sequence in sequences {
-                if found.len() == limit {
+                if full(&found) {
                     break;
                 }
-                let one = self.found(sequence)?;
+                let one = self.found(sequence, bodies)?;
                 found.extend(one.filter(|f| tenant.is_none_or(|t| *t == f.event.envelope.tenant)));
             }
             return Ok(found);
@@ -619,8 +700,8 @@ impl Engine {
                 if sequence < from || !self.records.is_open(sequence) || self.poisoned.contains_key(&sequence) {
                     continue;
                 }
-                found.extend(self.found(sequence)?);
-                if found.len() == limit {
+                found.extend(self.found(sequence, bodies)?);
+                if full(&found) {
                     return Ok(found);
                 }
             }
@@ -869,30 +950,22 @@ impl Engine {
         self.records.forget_cache_if_written(&writes);
         self.messages.forget_cache_if_written(&writes);
         self.kv.commit(writes)?;
+        self.durable_next = self.next;
         self.status.syncs_total += 1;
         Ok(())
     }
 
-    /// For tests: every record that waits, leased ones included.
-    #[cfg(test)]
-    pub fn open_sequences(&self) -> Vec<u64> {
-        let mut all = Vec::new();
-        for (first, pack) in &self.records.packs {
-            all.extend((0..pack.count).filter(|n| !pack.is_done(*n)).map(|n| first + u64::from(n)));
-        }
-        all
+    /// Every record that is in the store: waiting, leased and poisoned ones.
+    pub fn open_sequences(&self) -> impl Iterator<Item = u64> + '_ {
+        self.records
+            .packs
+            .iter()
+            .flat_map(|(first, pack)| (0..pack.count).filter(|n| !pack.is_done(*n)).map(move |n| first + u64::from(n)))
     }
 
     /// Reads every open record: for `verify` and tests.
     pub fn check_all(&mut self) -> Result<(u64, Vec<(u64, Bad)>), Failure> {
-        let sequences: Vec<u64> = self
-            .records
-            .packs
-            .iter()
-            .flat_map(|(first, pack)| {
-                (0..pack.count).filter(|n| !pack.is_done(*n)).map(|n| first + u64::from(n)).collect::<Vec<_>>()
-            })
-            .collect();
+        let sequences: Vec<u64> = self.open_sequences().collect();
         let (mut good, mut bad) = (0, Vec::new());
         for sequence in sequences {
             let raw = self.records.read(sequence, &*self.kv)?;

@@ -36,6 +36,7 @@ mod tests;
 pub mod tools;
 
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -120,10 +121,22 @@ pub struct LeaseLimit {
 #[derive(Clone, Debug)]
 pub struct Found {
     pub sequence: Sequence,
+    /// Its body is empty unless bodies were asked for.
     pub event: Event,
+    pub body_bytes: u64,
     pub leased: bool,
     /// Why it was poisoned.
     pub poisoned: Option<String>,
+}
+
+/// A record of which only its place is known.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Unreadable {
+    pub sequence: Sequence,
+    pub tenant: String,
+    /// Set aside already; otherwise it will be, when its turn comes.
+    pub poisoned: bool,
+    pub why: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,6 +210,8 @@ pub enum Error {
     KeyReused,
     #[error("cannot {doing}: {cause}; the outcome is unknown, retry with the same key")]
     Store { doing: &'static str, cause: Arc<str> },
+    #[error("cannot open the outbox: {0}")]
+    Open(Arc<str>),
     #[error("another process holds {0}: stop it, or let it do the work (`dealscale status`)")]
     Locked(String),
     #[error("the outbox is closed")]
@@ -213,7 +228,7 @@ impl Error {
             Self::Oversized { .. } => Verdict::TooLarge,
             Self::Conflict(_) => Verdict::Conflict,
             Self::KeyReused => Verdict::KeyReused,
-            Self::Locked(_) => Verdict::Broken,
+            Self::Locked(_) | Self::Open(_) => Verdict::Broken,
         }
     }
 }
@@ -245,15 +260,30 @@ impl Outbox {
         limits: TenantLimits,
         clock: Clock,
     ) -> Result<Self, Error> {
+        Self::open_with(config, environment, limits, clock, true)
+    }
+
+    /// With `salvage` off a damaged folder is an error and stays as it is.
+    fn open_with(
+        config: &config::Outbox,
+        environment: &Environment,
+        limits: TenantLimits,
+        clock: Clock,
+        salvage: bool,
+    ) -> Result<Self, Error> {
         let settings = Arc::new(config.clone());
         let seal = open::seal(config)?;
         let lock = open::lock(&config.dir)?;
-        let mut engine = open::engine(&settings, &seal, &limits, &clock)?;
+        let engine = match salvage {
+            true => open::engine(&settings, &seal, &limits, &clock),
+            false => open::engine_without_salvage(&settings, &seal, &limits),
+        };
+        let mut engine = engine.map_err(|failure| open::failed(&config.dir, &failure))?;
         let status = Arc::new(Mutex::new(engine.snapshot()));
         let (commands, receiver) = mpsc::channel();
         let reopen = {
             let (seal, clock) = (seal.clone(), clock.clone());
-            Box::new(move || open::engine(&settings, &seal, &limits, &clock))
+            Box::new(move |failure: &store::Failure| open::again(&settings, &seal, &limits, &clock, failure))
         };
         let owner = Owner {
             commands: receiver,
@@ -261,13 +291,18 @@ impl Outbox {
             dir: config.dir.clone(),
             clock,
             status: status.clone(),
-            witness: open::Witness::open(&config.dir).ok(),
             lock: Some(lock),
         };
         std::thread::Builder::new()
             .name(format!("outbox-{environment}"))
-            .spawn(move || owner.run(engine))
-            .map_err(|e| Error::Store { doing: "start the outbox's thread", cause: e.to_string().into() })?;
+            .spawn(move || {
+                if std::panic::catch_unwind(AssertUnwindSafe(|| owner.run(engine))).is_err() {
+                    // Half an appliance is worse than none: systemd starts it again, and what was acknowledged is on disk.
+                    tracing::error!("the outbox's thread panicked; the process ends");
+                    std::process::abort();
+                }
+            })
+            .map_err(|e| Error::Open(format!("its thread does not start: {e}").into()))?;
         Ok(Self { shared: Arc::new(Shared { commands, places: Semaphore::new(REQUESTS_MAX), status, seal }) })
     }
 
@@ -353,7 +388,8 @@ impl Outbox {
         self.ask(|reply| Command::Find(key.clone(), reply), true).await?
     }
 
-    /// Waiting (or poisoned) records after `after`, at most `limit`.
+    /// Waiting (or poisoned) records after `after` without their bodies, at most `limit`. What cannot be read is not among them, see
+    /// [`unreadable`](Self::unreadable).
     ///
     /// # Errors
     /// The store failed.
@@ -364,10 +400,47 @@ impl Outbox {
         after: Option<Sequence>,
         limit: usize,
     ) -> Result<Vec<Found>, Error> {
-        self.ask(|reply| Command::List(tenant, poisoned, after, limit, reply), true).await?
+        self.ask(|reply| Command::List(tenant, poisoned, after, limit, false, reply), true).await?
     }
 
-    /// Removes a record that the relay does not have.
+    /// The same with bodies; fewer than `limit`, and at least one, where they are large. The last page is the empty one.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn list_with_bodies(
+        &self,
+        poisoned: bool,
+        after: Option<Sequence>,
+        limit: usize,
+    ) -> Result<Vec<Found>, Error> {
+        self.ask(|reply| Command::List(None, poisoned, after, limit, true, reply), true).await?
+    }
+
+    /// One record by its sequence, with its body.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn record(&self, sequence: Sequence) -> Result<Option<Found>, Error> {
+        let after = sequence.0.checked_sub(1).map(Sequence);
+        for poisoned in [false, true] {
+            let found = self.list_with_bodies(poisoned, after, 1).await?.pop();
+            if let Some(found) = found.filter(|f| f.sequence == sequence) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Records that cannot be read: those that were poisoned for it, or (`all`, which reads everything) every one.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn unreadable(&self, all: bool) -> Result<Vec<Unreadable>, Error> {
+        self.ask(|reply| Command::Unreadable(all, reply), true).await?
+    }
+
+    /// Takes an event that the relay does not have out of the queue; what the relay gets in its place is the record that it is
+    /// cancelled ([`Content::Done`](crate::event::Content)).
     ///
     /// # Errors
     /// The store failed.

@@ -13,7 +13,9 @@ use tokio::sync::oneshot;
 
 use super::engine::{Engine, Prepared, Taken, failed};
 use super::store::Failure;
-use super::{Backlog, Cancelled, Error, Forward, Found, Held, LeaseLimit, Leased, Sequence, Settle, Status};
+use super::{
+    Backlog, Cancelled, Error, Forward, Found, Held, LeaseLimit, Leased, Sequence, Settle, Status, Unreadable,
+};
 use crate::clock::Clock;
 use crate::ids::{Key, Tenant, Topic};
 use crate::observe::outbox as events;
@@ -80,7 +82,8 @@ pub enum Command {
     Lease(LeaseLimit, Back, Reply<Given<Leased>>),
     Receive(TopicFilter, usize, Back, Reply<Given<Held>>),
     Find(Key, Reply<Option<Found>>),
-    List(Option<Tenant>, bool, Option<Sequence>, usize, Reply<Vec<Found>>),
+    List(Option<Tenant>, bool, Option<Sequence>, usize, bool, Reply<Vec<Found>>),
+    Unreadable(bool, Reply<Vec<Unreadable>>),
     Cancel(Key, Reply<Cancelled>),
     Repair(Sequence, bool, Reply<bool>),
     AcknowledgeLoss(Reply<()>),
@@ -90,8 +93,8 @@ pub enum Command {
     Close(Reply<()>),
 }
 
-/// Opens the store again after a failure.
-pub type Reopen = Box<dyn Fn() -> Result<Engine, Failure> + Send>;
+/// Opens the store again after a failure; one that proved to be damaged while it was in use is set aside first.
+pub type Reopen = Box<dyn Fn(&Failure) -> Result<Engine, Failure> + Send>;
 
 pub struct Owner {
     pub commands: Receiver<Command>,
@@ -99,14 +102,13 @@ pub struct Owner {
     pub dir: PathBuf,
     pub clock: Clock,
     pub status: Arc<Mutex<Status>>,
-    pub witness: Option<super::open::Witness>,
     /// The folder's lock, held as long as the owner lives.
     pub lock: Option<nix::fcntl::Flock<std::fs::File>>,
 }
 
 /// Who waits for a record or a message.
 #[derive(Default)]
-struct Parked {
+pub(super) struct Parked {
     leases: Vec<(LeaseLimit, Back, Reply<Given<Leased>>)>,
     receives: Vec<(TopicFilter, usize, Back, Reply<Given<Held>>)>,
 }
@@ -119,10 +121,46 @@ fn later<T: 'static>(reply: Reply<T>, value: T) -> Answer {
     Box::new(move |batch| drop(reply.send(batch.map(|()| value))))
 }
 
+/// The same for what may have failed on the way: then it is answered at once, like everyone else of the batch.
+fn when_durable<T: 'static>(
+    result: Result<T, Failure>,
+    reply: Reply<T>,
+    answers: &mut Vec<Answer>,
+) -> Result<(), Failure> {
+    match result {
+        Ok(value) => {
+            answers.push(later(reply, value));
+            Ok(())
+        }
+        Err(failure) => {
+            let _ = reply.send(Err(failed_write(&failure)));
+            Err(failure)
+        }
+    }
+}
+
+/// What became of a batch.
+enum Turn {
+    Done,
+    /// The last thing asked for was to close.
+    Close(Reply<()>),
+    Failed(Failure, Option<Reply<()>>),
+}
+
+/// What outlives an engine whose store failed.
+struct Survives {
+    failure: Failure,
+    next: u64,
+    next_message: u64,
+    status: Status,
+    tried_at: Instant,
+}
+
 impl Owner {
-    pub fn run(mut self, engine: Engine) {
-        let mut witness = self.witness.take();
+    pub fn run(self, engine: Engine) {
+        let mut witness = super::open::Witness::open(&self.dir).ok();
         let mut engine = Some(engine);
+        let mut failed: Option<Survives> = None;
         let (mut parked, mut disk) = (Parked::default(), DiskFree::new(self.dir.clone()));
         loop {
             let wait = engine
@@ -139,110 +177,147 @@ impl Owner {
                 let Ok(command) = self.commands.try_recv() else { break };
                 batch.push(command);
             }
+            // A store that is gone is tried again once a tick, not once a request.
+            if let Some(survives) = failed.as_mut().filter(|s| s.tried_at.elapsed() >= TICK) {
+                survives.tried_at = Instant::now();
+                engine = self.reopen(survives);
+                if engine.is_some() {
+                    failed = None;
+                    witness = super::open::Witness::open(&self.dir).ok();
+                }
+            }
             let Some(running) = &mut engine else {
-                let cause: Arc<str> = match (self.reopen)() {
-                    Ok(new) => {
-                        engine = Some(new);
-                        "the store was opened again".into()
-                    }
-                    Err(failure) => failure.to_string().into(),
-                };
+                let cause: Arc<str> = failed.as_ref().map_or_else(String::new, |s| s.failure.to_string()).into();
+                let error = Error::Store { doing: "use the outbox", cause };
+                let mut close = None;
                 for command in batch {
-                    if let Command::Close(reply) = command {
-                        let _ = reply.send(Ok(()));
-                        return;
+                    match command {
+                        Command::Close(reply) => close = Some(reply),
+                        command => refuse(command, &error),
                     }
-                    refuse(command, &Error::Store { doing: "use the outbox", cause: cause.clone() });
+                }
+                if let Some(reply) = close {
+                    drop(witness);
+                    return self.closed(None, parked, reply, Ok(()));
                 }
                 continue;
             };
             match self.turn(running, batch, &mut parked, &mut disk) {
-                Ok(Some(close)) => {
-                    drop(engine.take());
-                    drop(self.lock);
-                    for (_, _, reply) in parked.leases {
-                        let _ = reply.send(Err(Error::Closed));
+                Turn::Done => {}
+                Turn::Close(reply) => {
+                    if let Some(witness) = &mut witness {
+                        witness.saw(running.durable_next);
                     }
-                    for (_, _, _, reply) in parked.receives {
-                        let _ = reply.send(Err(Error::Closed));
-                    }
-                    let _ = close.send(Ok(()));
-                    return;
+                    drop(witness);
+                    return self.closed(engine, parked, reply, Ok(()));
                 }
-                Ok(None) => {}
-                Err(failure) => {
+                Turn::Failed(failure, close) => {
                     events::StoreFailed { dir: &self.dir, error: &failure }.emit();
-                    let (next, next_message, old) = (running.next, running.next_message, running.status.clone());
-                    drop(engine.take());
-                    match (self.reopen)() {
-                        Ok(mut new) => {
-                            // Sequences that the failed batch had taken are not used again.
-                            new.next = new.next.max(next);
-                            new.next_message = new.next_message.max(next_message);
-                            new.status.reopened = old.reopened + 1;
-                            new.status.last_error = Some(failure.to_string());
-                            new.status.appended_total = old.appended_total;
-                            new.status.confirmed_total = old.confirmed_total;
-                            new.status.syncs_total = old.syncs_total;
-                            engine = Some(new);
-                        }
-                        Err(again) => events::StoreFailed { dir: &self.dir, error: &again }.emit(),
+                    if let Some(reply) = close {
+                        drop(witness);
+                        return self.closed(engine, parked, reply, Err(failed_write(&failure)));
                     }
+                    let mut survives = Survives {
+                        failure,
+                        next: running.next,
+                        next_message: running.next_message,
+                        status: running.status.clone(),
+                        tried_at: Instant::now(),
+                    };
+                    // Closed before it is opened again: two handles on one file are never there at once.
+                    drop(engine.take());
+                    engine = self.reopen(&mut survives);
+                    match &mut engine {
+                        Some(engine) => self.publish(engine, disk.get()),
+                        None => failed = Some(survives),
+                    }
+                    witness = super::open::Witness::open(&self.dir).ok();
                 }
             }
             if let (Some(engine), Some(witness)) = (&engine, &mut witness) {
-                witness.saw(engine.next);
+                witness.saw(engine.durable_next);
             }
         }
     }
 
-    /// One batch. `Some` when the last command was to close.
-    fn turn(
-        &self,
-        engine: &mut Engine,
-        commands: Vec<Command>,
-        parked: &mut Parked,
-        disk: &mut DiskFree,
-    ) -> Result<Option<Reply<()>>, Failure> {
+    fn reopen(&self, survives: &mut Survives) -> Option<Engine> {
+        match (self.reopen)(&survives.failure) {
+            Ok(mut engine) => {
+                let old = &survives.status;
+                // Sequences that the failed batch had taken are not used again.
+                engine.skip_to(survives.next, survives.next_message);
+                engine.status.reopened = old.reopened + 1;
+                engine.status.last_error = Some(survives.failure.to_string());
+                engine.status.appended_total = old.appended_total;
+                engine.status.confirmed_total = old.confirmed_total;
+                engine.status.syncs_total = old.syncs_total;
+                Some(engine)
+            }
+            Err(again) => {
+                events::StoreFailed { dir: &self.dir, error: &again }.emit();
+                // Whoever reads the status meanwhile finds out.
+                self.status.lock().unwrap_or_else(PoisonError::into_inner).last_error = Some(again.to_string());
+                survives.failure = again;
+                None
+            }
+        }
+    }
+
+    /// No file of the folder is open any more when `reply` hears of it.
+    fn closed(self, engine: Option<Engine>, parked: Parked, reply: Reply<()>, result: Result<(), Error>) {
+        drop(engine);
+        drop(self.lock);
+        for (_, _, reply) in parked.leases {
+            let _ = reply.send(Err(Error::Closed));
+        }
+        for (_, _, _, reply) in parked.receives {
+            let _ = reply.send(Err(Error::Closed));
+        }
+        let _ = reply.send(result);
+    }
+
+    /// One batch. Everything that is to be appended shares packs and comes last, so that it meets what was settled before it.
+    fn turn(&self, engine: &mut Engine, commands: Vec<Command>, parked: &mut Parked, disk: &mut DiskFree) -> Turn {
         let (now, instant) = (self.clock.now(), Instant::now());
         let mut answers: Vec<Answer> = Vec::with_capacity(commands.len());
         let (mut reads, mut close) = (Vec::new(), None);
+        let (mut items, mut appends) = (Vec::new(), Vec::new());
         let free = disk.get();
+        let mut outcome = Ok(());
         for command in commands {
             match command {
-                Command::Append(items, reply) => {
-                    let results = engine.append(items, now, free);
-                    answers.push(Box::new(move |batch| {
-                        // A refusal stands whatever became of the batch.
-                        let results = results.into_iter().map(|r| r.and_then(|taken| batch.clone().map(|()| taken)));
-                        let _ = reply.send(results.collect());
-                    }));
+                Command::Append(more, reply) => {
+                    appends.push((more.len(), reply));
+                    items.extend(more);
                 }
                 Command::Settle(settles, reply) => {
-                    let settled = engine.settle(settles, now);
+                    outcome = outcome.and_then(|()| engine.settle(settles, now));
                     answers.push(later(reply, ()));
-                    if let Err(failure) = settled {
-                        return Err(self.fail(answers, reads, failure));
-                    }
                 }
                 Command::Publish(messages, reply) => {
                     let ids = engine.publish(messages, now);
                     answers.push(later(reply, ids));
                 }
                 Command::Ack(ids, reply) => {
-                    let acked = engine.ack(&ids, now);
+                    outcome = outcome.and_then(|()| engine.ack(&ids, now));
                     answers.push(later(reply, ()));
-                    if let Err(failure) = acked {
-                        return Err(self.fail(answers, reads, failure));
-                    }
                 }
                 Command::Close(reply) => close = Some(reply),
                 other => reads.push(other),
             }
         }
-        if let Err(failure) = engine.expire_keys(now).and_then(|()| engine.commit()) {
-            answers.extend(close.map(|reply| later(reply, ())));
-            return Err(self.fail(answers, reads, failure));
+        let mut results = engine.append(items, now, free).into_iter();
+        for (count, reply) in appends {
+            let results: Vec<_> = results.by_ref().take(count).collect();
+            answers.push(Box::new(move |batch| {
+                // A refusal stands whatever became of the batch.
+                let results = results.into_iter().map(|r| r.and_then(|taken| batch.clone().map(|()| taken)));
+                let _ = reply.send(results.collect());
+            }));
+        }
+        let outcome = outcome.and_then(|()| engine.expire_keys(now)).and_then(|()| engine.commit());
+        if let Err(failure) = outcome {
+            return fail(answers, reads, failure, close);
         }
         // Whoever is answered finds figures that know of it.
         self.publish(engine, free);
@@ -252,39 +327,54 @@ impl Owner {
         // What reads, and what changes after it has read; a second commit only where something changed.
         let mut answers: Vec<Answer> = Vec::new();
         engine.reclaim(instant);
-        for command in reads {
-            if let Err(failure) = read(engine, command, parked, &mut answers, instant) {
-                return Err(self.fail(answers, Vec::new(), failure));
+        let mut reads = reads.into_iter();
+        while let Some(command) = reads.next() {
+            if let Err(failure) = read(engine, command, parked, &mut answers, now, instant) {
+                return fail(answers, reads.collect(), failure, close);
             }
         }
-        if let Err(failure) = serve(engine, parked, now, instant).and_then(|()| engine.commit()) {
-            return Err(self.fail(answers, Vec::new(), failure));
+        let mut gifts = Vec::new();
+        let served = serve(engine, parked, &mut gifts, now, instant);
+        if let Err(failure) = served.and_then(|()| engine.commit()) {
+            for gift in gifts {
+                gift.refuse(&failed_write(&failure));
+            }
+            return fail(answers, Vec::new(), failure, close);
+        }
+        for gift in gifts {
+            gift.give();
         }
         self.publish(engine, free);
         for answer in answers {
             answer(Ok(()));
         }
-        Ok(close)
+        match close {
+            Some(reply) => Turn::Close(reply),
+            None => Turn::Done,
+        }
     }
 
     fn publish(&self, engine: &mut Engine, disk_free: Bytes) {
         let mut status = engine.snapshot();
         status.disk_free = disk_free.0;
-        events::gauges(&status);
         *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
     }
+}
 
-    /// Everyone of the failed batch hears that its outcome is unknown.
-    fn fail(&self, answers: Vec<Answer>, reads: Vec<Command>, failure: Failure) -> Failure {
-        let error = failed("write to the outbox", &failure);
-        for answer in answers {
-            answer(Err(error.clone()));
-        }
-        for command in reads {
-            refuse(command, &error);
-        }
-        failure
+fn failed_write(failure: &Failure) -> Error {
+    failed("write to the outbox", failure)
+}
+
+/// Everyone of the failed batch hears that its outcome is unknown.
+fn fail(answers: Vec<Answer>, reads: Vec<Command>, failure: Failure, close: Option<Reply<()>>) -> Turn {
+    let error = failed_write(&failure);
+    for answer in answers {
+        answer(Err(error.clone()));
     }
+    for command in reads {
+        refuse(command, &error);
+    }
+    Turn::Failed(failure, close)
 }
 
 fn read(
@@ -292,6 +382,7 @@ fn read(
     command: Command,
     parked: &mut Parked,
     answers: &mut Vec<Answer>,
+    now: crate::clock::Timestamp,
     instant: Instant,
 ) -> Result<(), Failure> {
     match command {
@@ -302,16 +393,17 @@ fn read(
             answers.push(later(reply, ()));
         }
         Command::Find(key, reply) => drop(reply.send(engine.find(&key))),
-        Command::List(tenant, poisoned, after, limit, reply) => {
-            let _ = reply.send(engine.list(tenant.as_ref(), poisoned, after, limit));
+        Command::List(tenant, poisoned, after, limit, bodies, reply) => {
+            let _ = reply.send(engine.list(tenant.as_ref(), poisoned, after, limit, bodies));
+        }
+        Command::Unreadable(all, reply) => {
+            when_durable(engine.unreadable(all), reply, answers)?;
         }
         Command::Cancel(key, reply) => {
-            let done = engine.cancel(&key)?;
-            answers.push(later(reply, done));
+            when_durable(engine.cancel(&key, now), reply, answers)?;
         }
         Command::Repair(sequence, discard, reply) => {
-            let done = engine.repair(sequence.0, discard)?;
-            answers.push(later(reply, done));
+            when_durable(engine.repair(sequence.0, discard), reply, answers)?;
         }
         Command::AcknowledgeLoss(reply) => {
             engine.acknowledge_loss();
@@ -323,8 +415,7 @@ fn read(
         }
         Command::Backlog(reply) => drop(reply.send(Ok(engine.backlog()))),
         Command::Browse(topic, limit, reply) => {
-            let messages = engine.browse(&topic, limit)?;
-            answers.push(later(reply, messages));
+            when_durable(engine.browse(&topic, limit), reply, answers)?;
         }
         Command::Append(..) | Command::Settle(..) | Command::Publish(..) | Command::Ack(..) | Command::Close(_) => {
             unreachable!("handled before the commit")
@@ -333,13 +424,45 @@ fn read(
     Ok(())
 }
 
-/// Gives records and messages to those who wait for them.
-fn serve(
+/// What somebody who waited gets, once what was poisoned or dropped on the way to it is durable.
+pub(super) enum Gift {
+    Records(Given<Leased>, Reply<Given<Leased>>),
+    Messages(Given<Held>, Reply<Given<Held>>),
+}
+
+impl Gift {
+    fn give(self) {
+        match self {
+            Self::Records(given, reply) => drop(reply.send(Ok(given))),
+            Self::Messages(given, reply) => drop(reply.send(Ok(given))),
+        }
+    }
+
+    /// The engine that handed it out is gone: there is nothing to give back.
+    fn refuse(self, error: &Error) {
+        match self {
+            Self::Records(given, reply) => {
+                given.take();
+                let _ = reply.send(Err(error.clone()));
+            }
+            Self::Messages(given, reply) => {
+                given.take();
+                let _ = reply.send(Err(error.clone()));
+            }
+        }
+    }
+}
+
+/// Finds records and messages for those who wait for them.
+pub(super) fn serve(
     engine: &mut Engine,
     parked: &mut Parked,
+    gifts: &mut Vec<Gift>,
     now: crate::clock::Timestamp,
     instant: Instant,
 ) -> Result<(), Failure> {
+    // Also while nobody receives: what is due must not keep the owner awake.
+    engine.wake(now, instant);
     parked.leases.retain(|(_, _, reply)| !reply.is_closed());
     parked.receives.retain(|(_, _, _, reply)| !reply.is_closed());
     while let Some((limit, ..)) = parked.leases.first() {
@@ -348,7 +471,7 @@ fn serve(
             break;
         }
         let (_, to, reply) = parked.leases.remove(0);
-        let _ = reply.send(Ok(Given { items, to }));
+        gifts.push(Gift::Records(Given { items, to }, reply));
     }
     let mut n = 0;
     while n < parked.receives.len() {
@@ -359,7 +482,7 @@ fn serve(
             continue;
         }
         let (_, _, to, reply) = parked.receives.remove(n);
-        let _ = reply.send(Ok(Given { items, to }));
+        gifts.push(Gift::Messages(Given { items, to }, reply));
     }
     Ok(())
 }
@@ -378,7 +501,8 @@ fn refuse(command: Command, error: &Error) {
         Command::Receive(_, _, _, reply) => drop(reply.send(Err(error))),
         Command::Browse(_, _, reply) => drop(reply.send(Err(error))),
         Command::Find(_, reply) => drop(reply.send(Err(error))),
-        Command::List(_, _, _, _, reply) => drop(reply.send(Err(error))),
+        Command::Unreadable(_, reply) => drop(reply.send(Err(error))),
+        Command::List(_, _, _, _, _, reply) => drop(reply.send(Err(error))),
         Command::Cancel(_, reply) => drop(reply.send(Err(error))),
         Command::Repair(_, _, reply) => drop(reply.send(Err(error))),
         Command::Backlog(reply) => drop(reply.send(Err(error))),

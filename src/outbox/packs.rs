@@ -13,8 +13,8 @@
 //! packs   first sequence u64 -> "DSP1" | first u64 | count u16 | (length u32 | crc32c u32 | bytes)*
 //!         length u32::MAX: the entry lies in chunks, and bytes is its length u64
 //! chunks  sequence u64 | part u16 -> "DSC1" | sequence u64 | part u16 | parts u16 | crc32c u32 | bytes
-//! index   first sequence u64 -> count u16 | at i64 | group length u16 | group | (size u32 | id [u8; 16])*
-//! done    first sequence u64 -> bitmap, least significant bit first
+//! index   first sequence u64 -> count u16 | at i64 | group length u16 | group | (size u32 | id [u8; 16])* | crc32c u32
+//! done    first sequence u64 -> bitmap, least significant bit first | crc32c u32
 //! ```
 
 use std::collections::BTreeMap;
@@ -89,6 +89,18 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at + N)?.try_into().ok()
 }
 
+/// A value with its checksum behind it: SQLite has none of its own, and a bit of `done` that flips would lose a record.
+fn summed(mut value: Vec<u8>) -> Vec<u8> {
+    let crc = crc32c::crc32c(&value);
+    value.extend_from_slice(&crc.to_be_bytes());
+    value
+}
+
+fn checked(value: &[u8]) -> Option<&[u8]> {
+    let (value, crc) = value.split_at_checked(value.len().checked_sub(4)?)?;
+    (crc32c::crc32c(value).to_be_bytes() == crc).then_some(value)
+}
+
 fn chunk_key(sequence: u64, part: u16) -> Vec<u8> {
     let mut key = sequence.to_be_bytes().to_vec();
     key.extend_from_slice(&part.to_be_bytes());
@@ -120,6 +132,7 @@ impl Packs {
     }
 
     fn parse_index(&mut self, value: &[u8], bits: Option<Vec<u8>>) -> Option<(Pack, Vec<Indexed>)> {
+        let value = checked(value)?;
         let count = u16::from_be_bytes(number(value, 0)?);
         let at = Timestamp(i64::from_be_bytes(number(value, 2)?));
         let group_length = usize::from(u16::from_be_bytes(number(value, 10)?));
@@ -129,7 +142,10 @@ impl Packs {
             return None;
         }
         let bytes = usize::from(count).div_ceil(8);
-        let done: Box<[u8]> = bits.unwrap_or_else(|| vec![0; bytes]).into();
+        let done: Box<[u8]> = match bits {
+            Some(bits) => checked(&bits)?.into(),
+            None => vec![0; bytes].into(),
+        };
         if done.len() != bytes {
             return None;
         }
@@ -207,7 +223,7 @@ impl Packs {
             index_value.extend_from_slice(&index);
             let key = start.to_be_bytes().to_vec();
             writes.push(Write { tree: self.trees.packs, key: key.clone(), value: Some(value) });
-            writes.push(Write { tree: self.trees.index, key, value: Some(index_value) });
+            writes.push(Write { tree: self.trees.index, key, value: Some(summed(index_value)) });
             let pack = Pack {
                 group: group.clone(),
                 at,
@@ -280,7 +296,7 @@ impl Packs {
             }
             let pack = self.packs.get_mut(&first).expect("it was touched");
             let key = first.to_be_bytes().to_vec();
-            writes.push(Write { tree: self.trees.done, key, value: Some(pack.done.to_vec()) });
+            writes.push(Write { tree: self.trees.done, key, value: Some(summed(pack.done.to_vec())) });
         }
         Ok(complete)
     }
@@ -414,16 +430,23 @@ fn read_chunks(kv: &dyn Kv, tree: Tree, sequence: u64, length: u64) -> Result<Op
     Ok(None)
 }
 
-/// What a salvage finds in raw bytes: packs and chunks, wherever they lie.
-pub fn scan_raw(raw: &[u8], mut found: impl FnMut(u64, Vec<u8>)) {
-    let mut chunks: BTreeMap<u64, BTreeMap<u16, (u16, Vec<u8>)>> = BTreeMap::new();
-    let mut wanted: BTreeMap<u64, (u32, u64)> = BTreeMap::new();
-    let mut at = 0;
-    while at + 4 <= raw.len() {
+/// What a salvage finds in raw bytes: `at` is the place of the bytes themselves.
+pub enum Raw {
+    /// An entry whose checksum is right.
+    Entry { sequence: u64, at: usize, length: usize },
+    /// An entry that lies in chunks.
+    Large { sequence: u64, crc: u32, size: u64 },
+    /// A chunk whose checksum is right.
+    Chunk { sequence: u64, part: u16, at: usize, length: usize },
+}
+
+/// Finds packs and chunks, wherever they lie.
+pub fn scan_raw(raw: &[u8], mut found: impl FnMut(Raw)) {
+    for at in 0..raw.len().saturating_sub(PACK_HEAD) {
         let magic = &raw[at..at + 4];
         if magic == CHUNK_MAGIC {
-            if let Some((sequence, part, parts, piece)) = raw_chunk(&raw[at..]) {
-                chunks.entry(sequence).or_default().insert(part, (parts, piece));
+            if let Some((sequence, part, length)) = raw_chunk(&raw[at..]) {
+                found(Raw::Chunk { sequence, part, at: at + CHUNK_HEAD, length });
             }
         } else if magic == MAGIC
             && let (Some(first), Some(count)) = (number(raw, at + 4), number(raw, at + 12))
@@ -434,47 +457,40 @@ pub fn scan_raw(raw: &[u8], mut found: impl FnMut(u64, Vec<u8>)) {
                 let Some(end) = entry_end(raw, place) else { break };
                 let length = u32::from_be_bytes(number(raw, place).expect("checked above"));
                 let crc = u32::from_be_bytes(number(raw, place + 4).expect("checked above"));
-                let sequence = first.wrapping_add(u64::from(n));
+                let Some(sequence) = first.checked_add(u64::from(n)) else { break };
+                let bytes = place + ENTRY_HEAD;
                 if length == CHUNKED {
-                    let size = u64::from_be_bytes(number(raw, place + ENTRY_HEAD).expect("checked above"));
-                    wanted.insert(sequence, (crc, size));
-                } else if length > 0 && crc32c::crc32c(&raw[place + ENTRY_HEAD..end]) == crc {
-                    found(sequence, raw[place + ENTRY_HEAD..end].to_vec());
+                    let size = u64::from_be_bytes(number(raw, bytes).expect("checked above"));
+                    found(Raw::Large { sequence, crc, size });
+                } else if length > 0 && crc32c::crc32c(&raw[bytes..end]) == crc {
+                    found(Raw::Entry { sequence, at: bytes, length: end - bytes });
                 }
                 place = end;
             }
-        }
-        at += 1;
-    }
-    for (sequence, (crc, size)) in wanted {
-        let Some(parts) = chunks.get(&sequence) else { continue };
-        let bytes: Vec<u8> = parts.values().flat_map(|(_, piece)| piece.iter().copied()).take(size as usize).collect();
-        if crc32c::crc32c(&bytes) == crc {
-            found(sequence, bytes);
         }
     }
 }
 
 /// A chunk with its checksum right. Its length is not stored: it is the longest prefix for which the checksum holds at the sizes that
 /// stores use, so the known sizes are tried.
-fn raw_chunk(raw: &[u8]) -> Option<(u64, u16, u16, Vec<u8>)> {
+fn raw_chunk(raw: &[u8]) -> Option<(u64, u16, usize)> {
     let sequence = u64::from_be_bytes(number(raw, 4)?);
     let (part, parts) = (u16::from_be_bytes(number(raw, 12)?), u16::from_be_bytes(number(raw, 14)?));
     let crc = u32::from_be_bytes(number(raw, 16)?);
     if part >= parts {
         return None;
     }
-    let rest = &raw[CHUNK_HEAD..];
+    let rest = raw.get(CHUNK_HEAD..)?;
     let whole = [30 << 10, 14 << 10, 2 << 10].map(|max: usize| max - CHUNK_HEAD);
     if let Some(size) = whole.into_iter().find(|s| rest.get(..*s).is_some_and(|p| crc32c::crc32c(p) == crc)) {
-        return Some((sequence, part, parts, rest[..size].to_vec()));
+        return Some((sequence, part, size));
     }
     // The last part is shorter: one pass over every length.
     let mut sum = 0;
     for (n, byte) in rest.iter().take(30 << 10).enumerate() {
         sum = crc32c::crc32c_append(sum, &[*byte]);
         if sum == crc {
-            return Some((sequence, part, parts, rest[..=n].to_vec()));
+            return Some((sequence, part, n + 1));
         }
     }
     None

@@ -105,7 +105,9 @@ impl Queue {
     /// Whether `sequence` may be worked on now; otherwise it waits behind the holder of its key.
     pub fn enter(&mut self, tenant: &Tenant, key: &OrderingKey, sequence: u64) -> bool {
         let order = (tenant.clone(), key.clone());
-        self.keyed.insert(sequence, order.clone());
+        // One that was handed out twice (put back by an operator before its pack's turn came) stands in line once: a second place would
+        // be given to it after it is done, and hold the key for ever.
+        let stands = self.keyed.insert(sequence, order.clone()).is_some();
         match self.lines.get_mut(&order) {
             None => {
                 self.lines.insert(order, Line { holder: sequence, behind: VecDeque::new() });
@@ -113,7 +115,9 @@ impl Queue {
             }
             Some(line) if line.holder == sequence => true,
             Some(line) => {
-                line.behind.push_back(sequence);
+                if !stands {
+                    line.behind.push_back(sequence);
+                }
                 false
             }
         }

@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::store::{Failure, sync_dir};
-use super::{Error, Outbox, engine, open};
+use super::store::sync_dir;
+use super::{Error, Outbox, TenantLimits, engine, open};
 use crate::clock::Clock;
 use crate::config;
 use crate::event::{Envelope, Event};
@@ -44,7 +44,9 @@ impl Report {
 /// It is open elsewhere, or cannot be opened (a damaged store is not salvaged here: starting the appliance does that).
 pub fn verify(settings: &config::Outbox) -> Result<Report, Error> {
     let lock = open::lock(&settings.dir)?;
-    let mut engine = open::engine_without_salvage(settings)?;
+    let limits: TenantLimits = Arc::new(|_| (1, Bytes(u64::MAX)));
+    let engine = open::engine_without_salvage(&Arc::new(settings.clone()), &open::seal(settings)?, &limits);
+    let mut engine = engine.map_err(|failure| open::failed(&settings.dir, &failure))?;
     let (records, damaged) = engine.check_all().map_err(|e| engine::failed("read the records", &e))?;
     let status = engine.snapshot();
     drop((engine, lock));
@@ -56,13 +58,13 @@ pub fn verify(settings: &config::Outbox) -> Result<Report, Error> {
     })
 }
 
-/// Opens a folder that no appliance has open, without limits.
+/// Opens a folder that no appliance has open, without limits. Who only reads does not `salvage`.
 ///
 /// # Errors
-/// As [`Outbox::open`].
-pub fn open_alone(settings: &config::Outbox, environment: &Environment) -> Result<Outbox, Error> {
+/// As [`Outbox::open`]; without `salvage` also that the folder is damaged.
+pub fn open_alone(settings: &config::Outbox, environment: &Environment, salvage: bool) -> Result<Outbox, Error> {
     let settings = config::Outbox { bytes_max: Bytes(u64::MAX), count_max: u64::MAX, ..settings.clone() };
-    Outbox::open(&settings, environment, Arc::new(|_| (1, Bytes(u64::MAX))), Clock::System)
+    Outbox::open_with(&settings, environment, Arc::new(|_| (1, Bytes(u64::MAX))), Clock::System, salvage)
 }
 
 #[derive(Serialize, Deserialize)]
@@ -147,6 +149,9 @@ pub fn read_export(dir: &Path) -> io::Result<impl Iterator<Item = io::Result<Ent
         let mut line = Vec::new();
         reader.read_until(b'\n', &mut line)?;
         let head: Head = serde_json::from_slice(&line).map_err(|_| bad("its first line cannot be read"))?;
+        if head.format != 1 {
+            return Err(bad("it was written by a newer release"));
+        }
         let mut body = Vec::new();
         reader.read_to_end(&mut body)?;
         if BodyHash::of(&body) != head.envelope.body_hash {
@@ -154,10 +159,4 @@ pub fn read_export(dir: &Path) -> io::Result<impl Iterator<Item = io::Result<Ent
         }
         Ok(Entry { event: Event { envelope: head.envelope, body: body.into() }, poisoned: head.poisoned })
     }))
-}
-
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Self {
-        engine::failed("open the outbox", &failure)
-    }
 }

@@ -76,7 +76,7 @@ impl From<seal::Error> for Unreadable {
 impl From<Unreadable> for Error {
     fn from(unreadable: Unreadable) -> Self {
         match unreadable {
-            Unreadable::Key(text) => Error::Refused(format!("cannot read the payload store: {text}")),
+            Unreadable::Key(text) => Error::Unusable(format!("cannot read the payload store: {text}")),
             Unreadable::Damaged(text) => Error::Refused(format!("a row of the payload store is damaged: {text}")),
         }
     }
@@ -216,6 +216,14 @@ impl Codec {
             return Err(Unreadable::Damaged("its envelope belongs to another event"));
         }
         Ok(envelope)
+    }
+
+    /// Whether our key is the one that an envelope was sealed with. A damaged one says nothing about that.
+    pub fn check_key(&self, tenant: &str, id: Uuid, envelope: &[u8]) -> Result<(), Error> {
+        match self.unwrap(Kind::Envelope, tenant, id, envelope) {
+            Err(key @ Unreadable::Key(_)) => Err(key.into()),
+            Ok(_) | Err(Unreadable::Damaged(_)) => Ok(()),
+        }
     }
 
     pub fn error_in(&self, key: &Key, error: Option<&str>) -> Result<Option<Vec<u8>>, Error> {

@@ -27,8 +27,9 @@
 //! What stands in the binary columns: [`codec`].
 //!
 //! # Failure
-//! Everything but [`Error::Refused`] is worth another try. A row that cannot be read any more becomes a dead letter of its
-//! own with class `damaged`; its neighbours go on. A wrong encryption key stops everything with a clear error and harms nothing.
+//! Everything but [`Error::Refused`] is worth another try; [`Error::Unusable`] only after an operator did something, and no
+//! event is to blame for it. A row that cannot be read any more becomes a dead letter of its own with class `damaged`; its
+//! neighbours go on. A wrong encryption key, and a database of another environment, are found before anything is written.
 
 mod codec;
 mod group;
@@ -45,6 +46,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes as Body;
 use serde::{Deserialize, Serialize};
+use tokio_util::task::TaskTracker;
 
 use self::codec::{Codec, Columns, Unreadable};
 use self::postgres::Postgres;
@@ -54,7 +56,7 @@ use self::sqlite::Sqlite;
 use crate::clock::{Clock, Timestamp};
 use crate::config;
 use crate::event::{Envelope, Event, State};
-use crate::ids::{BodyHash, Environment, Key, Tenant, Topic, Workflow};
+use crate::ids::{BodyHash, Environment, ExecutionId, Key, Tenant, Topic, Workflow};
 use crate::observe::payloads as observe;
 use crate::seal::Seal;
 use crate::units::Span;
@@ -109,7 +111,6 @@ pub struct Claim {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Attempt {
     pub number: u32,
-    #[schema(value_type = String, format = DateTime)]
     pub started_at: Timestamp,
     pub duration_ms: Option<u64>,
     /// HTTP status of n8n's answer.
@@ -240,12 +241,17 @@ pub enum Error {
     Store { doing: &'static str, cause: Arc<str> },
     #[error("the database is not reachable: {0}")]
     Unreachable(Arc<str>),
+    /// The database as a whole cannot be used as it is: commits that can be lost, a newer release's tables, another
+    /// environment's, a damaged file, a wrong key. Only an operator can change that, and whatever is asked for waits.
+    #[error("{0}")]
+    Unusable(String),
+    /// What was asked for can never be done; its own fault.
     #[error("{0}")]
     Refused(String),
 }
 
 impl Error {
-    /// Trying again later can help.
+    /// The same call can work later, if need be after an operator did something.
     pub fn is_transient(&self) -> bool {
         !matches!(self, Self::Refused(_))
     }
@@ -283,6 +289,7 @@ struct Shared {
     kind: &'static str,
     health: Mutex<Health>,
     counts: tokio::sync::Mutex<Option<Counts>>,
+    counting: TaskTracker,
 }
 
 #[derive(Default)]
@@ -302,7 +309,8 @@ const WRITES: [&str; 3] = ["admit", "claim", "apply"];
 struct Counts {
     at: Instant,
     took: Duration,
-    states: BTreeMap<String, u64>,
+    /// `None`: they could not be counted.
+    states: Option<BTreeMap<String, u64>>,
 }
 
 /// Counting reads the whole ledger: not more often than this, and never more than a twentieth of the time.
@@ -328,8 +336,8 @@ impl Shared {
                 let cause = error.to_string();
                 health.last_error = Some(cause.clone());
                 match error {
-                    Error::Store { .. } if writes => health.held = true,
-                    Error::Unreachable(_) => {}
+                    Error::Store { .. } | Error::Unusable(_) if writes => health.held = true,
+                    Error::Unreachable(_) | Error::Unusable(_) => {}
                     // One call's affair.
                     Error::Store { .. } | Error::Refused(_) => return result,
                 }
@@ -355,23 +363,39 @@ fn migrations(files: &[(&str, &str)]) -> Result<Vec<refinery::Migration>, Error>
         .iter()
         .map(read)
         .collect::<Result<_, _>>()
-        .map_err(|error| Error::Refused(format!("cannot read a migration: {error}")))
+        .map_err(|error| Error::Unusable(format!("cannot read a migration: {error}")))
 }
 
 fn check_format(oldest_reader: i64, ours: i64) -> Result<(), Error> {
     if oldest_reader <= ours {
         return Ok(());
     }
-    Err(Error::Refused(format!(
+    Err(Error::Unusable(format!(
         "the payload store was finalized by a newer release (it needs {oldest_reader}, this one reads {ours}): install that release"
     )))
 }
+
+/// The rows do not say their environment: the database as a whole belongs to the one that used it first.
+fn check_environment(owner: Option<&str>, ours: &Environment) -> Result<(), Error> {
+    match owner {
+        Some(owner) if owner != ours.as_str() => Err(Error::Unusable(format!(
+            "the payload store belongs to environment {owner}, and this is {ours}: give it a schema or file of its own \
+             ([environments.{ours}.payloads])"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// The newest event, to see whether our key is the one it was sealed with.
+const NEWEST: &str = "SELECT e.id, e.tenant, c.envelope FROM events e JOIN contents c ON c.seq = e.seq \
+    ORDER BY e.accepted_at DESC, e.seq DESC LIMIT 1";
 
 impl Store {
     /// SQLite: opens, migrates. PostgreSQL: makes the pool and returns at once; the database may come later.
     ///
     /// # Errors
-    /// [`Error::Refused`] for a wrong key, a damaged file or a newer format; otherwise why the file cannot be opened.
+    /// [`Error::Unusable`] for a wrong key, a damaged file, a newer format or another environment's file; otherwise why the
+    /// file cannot be opened. What is wrong with a PostgreSQL is told by the calls that need it.
     pub async fn open(
         config: &config::Payloads,
         outbox: &config::Outbox,
@@ -380,7 +404,7 @@ impl Store {
     ) -> Result<Self, Error> {
         let seal = match &outbox.encryption_key {
             Some(key) => {
-                Some(Seal::new(key).map_err(|error| Error::Refused(format!("outbox.encryption_key: {error}")))?)
+                Some(Seal::new(key).map_err(|error| Error::Unusable(format!("outbox.encryption_key: {error}")))?)
             }
             None => None,
         };
@@ -396,6 +420,7 @@ impl Store {
             },
             health: Mutex::default(),
             counts: tokio::sync::Mutex::default(),
+            counting: TaskTracker::new(),
         });
         let backend = match &config.store {
             config::payloads::PayloadStore::Sqlite { file } => {
@@ -632,6 +657,17 @@ impl Store {
         }
     }
 
+    /// The tenants that have an event of this id, nearly always one or none.
+    pub async fn tenants_of(&self, id: ExecutionId) -> Result<Vec<Tenant>, Error> {
+        let start = Instant::now();
+        let result = match &self.backend {
+            Backend::Sqlite(db) => db.tenants_of(id).await,
+            Backend::Postgres(db) => db.tenants_of(id).await,
+        };
+        let names = self.shared.note("tenants_of", 1, start, result)?;
+        Ok(names.iter().filter_map(|name| Tenant::try_new(name).ok()).collect())
+    }
+
     /// At most 1,000 rows a page. A row that cannot be read is left out, and logged.
     pub async fn list(&self, filter: Filter) -> Result<Page, Error> {
         let start = Instant::now();
@@ -785,7 +821,13 @@ impl Store {
 
     /// Counts are up to some seconds old in a large ledger, and left out while the first count runs.
     pub async fn status(&self) -> Status {
-        let states = tokio::time::timeout(COUNTS_WAIT, self.counts()).await.ok().flatten().unwrap_or_default();
+        // On a task of its own: a count that takes longer than anybody waits for goes on, and serves those who ask next.
+        let counting = self.shared.counting.spawn({
+            let this = self.clone();
+            async move { this.counts().await }
+        });
+        let states = tokio::time::timeout(COUNTS_WAIT, counting).await.ok().and_then(Result::ok).flatten();
+        let states = states.unwrap_or_default();
         let health = self.shared.health.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         Status {
             kind: self.shared.kind,
@@ -801,22 +843,23 @@ impl Store {
         if let Some(known) = &*counts
             && known.at.elapsed() < COUNTS_AGE_MIN.max(known.took * COUNTS_SHARE)
         {
-            return Some(known.states.clone());
+            return known.states.clone();
         }
         let start = Instant::now();
         let result = match &self.backend {
             Backend::Sqlite(db) => db.states().await,
             Backend::Postgres(db) => db.states().await,
         };
-        let found = self.shared.note("status", 1, start, result).ok()?;
-        let mut states = BTreeMap::new();
-        for (code, count) in found {
-            if let Ok(state) = codec::state_of(code) {
-                states.insert(state.as_str().to_owned(), count.max(0) as u64);
-            }
-        }
+        let found = self.shared.note("status", 1, start, result);
+        let states = found.ok().map(|found| {
+            let named = |(code, count): (i16, i64)| {
+                Some((codec::state_of(code).ok()?.as_str().to_owned(), count.max(0) as u64))
+            };
+            found.into_iter().filter_map(named).collect::<BTreeMap<_, _>>()
+        });
+        // A failure is remembered as well: where counting takes longer than it may, each try costs as much as a success.
         *counts = Some(Counts { at: Instant::now(), took: start.elapsed(), states: states.clone() });
-        Some(states)
+        states
     }
 
     #[cfg(test)]
@@ -828,6 +871,7 @@ impl Store {
 
     /// Ends what is under way; later calls fail.
     pub async fn close(&self) {
+        self.shared.counting.close();
         match &self.backend {
             Backend::Sqlite(db) => db.close().await,
             Backend::Postgres(db) => db.close().await,

@@ -6,7 +6,8 @@
 //!
 //! # Invariants
 //! 1. All decisions are made inside the statement that acts on them: between two appliances only one wins.
-//! 2. `now` is the database's (`clock_timestamp()`), read once per statement; only a test's manual clock replaces it.
+//! 2. `now` is the database's (`clock_timestamp()`), read once per statement in a CTE; only a test's manual clock replaces it.
+//!    A comparison with it in place would ask the clock again for each row, and could use no index.
 //! 3. A statement that knows the keys of its rows reads those rows and no others, however long the backlog is (`phase + 0`
 //!    and `tenant || ''` leave the planner no other way than the key's index: statements are planned while the tables are
 //!    empty, when all ways look alike).
@@ -35,9 +36,9 @@ use super::{Admitted, Claimed, Collected, Error, Shared};
 use crate::clock::{Clock, Timestamp};
 use crate::config;
 use crate::event::State;
-use crate::ids::Key;
+use crate::ids::{ExecutionId, Key};
 use crate::observe::payloads as observe;
-use crate::postgres::{self, Pool};
+use crate::postgres::{self, Lease, Pool};
 
 /// Transactions of one kind under way at once. Two keep the server busy while answers travel.
 const WORKERS: usize = 2;
@@ -88,7 +89,7 @@ impl From<codec::Unreadable> for Fault {
 impl From<postgres::Error> for Error {
     fn from(error: postgres::Error) -> Self {
         match error {
-            postgres::Error::Refused(text) => Self::Refused(text),
+            postgres::Error::Refused(text) => Self::Unusable(text),
             postgres::Error::Unreachable(text) => Self::Unreachable(text.into()),
         }
     }
@@ -109,6 +110,7 @@ impl Fault {
         match error.code().map(SqlState::code) {
             // Data that PostgreSQL cannot take: the same again cannot help.
             Some(code) if code.starts_with("22") => Error::Refused(format!("cannot {doing}: {text}")),
+            Some("25006") => Error::Store { doing, cause: format!("{text} (is this a standby?)").into() },
             // Connection, resources, shutdown.
             Some(code) if ["08", "53", "57P", "28", "3D"].iter().any(|class| code.starts_with(class)) => {
                 Error::Unreachable(text.into())
@@ -159,17 +161,13 @@ impl Postgres {
         at.saturating_sub(self.shared.clock.now().0)
     }
 
-    async fn client(&self) -> Result<Client, Error> {
-        let mut client = self.pool.get().await?;
+    async fn client(&self) -> Result<Lease, Error> {
+        let mut client = Lease::new(self.pool.get().await?);
         let mut migrated = self.migrated.lock().await;
         if !*migrated {
             let done = tokio::time::timeout(MIGRATION_PATIENCE, self.migrate(&mut client)).await;
-            let done = done.unwrap_or_else(|_| Err(Error::Unreachable("migrations did not end".into())));
-            if let Err(error) = done {
-                // It may still hold the advisory lock.
-                Pool::discard(client);
-                return Err(error);
-            }
+            // After a failure it may still hold the advisory lock: it is dropped.
+            done.unwrap_or_else(|_| Err(Error::Unreachable("migrations did not end".into())))?;
             *migrated = true;
         }
         Ok(client)
@@ -221,6 +219,7 @@ impl Postgres {
         }
         let oldest: i32 = client.query_one("SELECT oldest_reader FROM format", &[]).await.map_err(sql)?.get(0);
         super::check_format(i64::from(oldest), i64::from(newest))?;
+        self.check(client).await?;
         client
             .query("SELECT pg_advisory_unlock(hashtext('dealscale ledger'), hashtext($1))", &[schema])
             .await
@@ -232,20 +231,50 @@ impl Postgres {
         Ok(())
     }
 
-    /// Ends the use of `client`: a connection whose state is unknown does not go back to the pool.
-    fn settle<T>(client: Client, doing: &'static str, result: Result<Result<T, Fault>, Elapsed>) -> Result<T, Error> {
+    /// That the database is one for us: takes every character, is not another environment's, was sealed with our key.
+    async fn check(&self, client: &Client) -> Result<(), Error> {
+        let sql = |error: tokio_postgres::Error| Fault::from(error).into_error("look at the ledger's database");
+        let ours = &self.shared.environment;
+        let encoding: String = client.query_one("SHOW server_encoding", &[]).await.map_err(sql)?.get(0);
+        if encoding != "UTF8" {
+            return Err(Error::Unusable(format!(
+                "the database has the encoding {encoding}, which cannot hold every name: make one with ENCODING 'UTF8'"
+            )));
+        }
+        let owner = || client.query_one("SELECT environment FROM format", &[]);
+        let mut owned: Option<String> = owner().await.map_err(sql)?.get(0);
+        if owned.is_none() {
+            let claim = "UPDATE format SET environment = $1 WHERE environment IS NULL";
+            client.execute(claim, &[&ours.as_str()]).await.map_err(sql)?;
+            owned = owner().await.map_err(sql)?.get(0);
+        }
+        super::check_environment(owned.as_deref(), ours)?;
+        match client.query_opt(super::NEWEST, &[]).await.map_err(sql)? {
+            Some(row) => self.shared.codec.check_key(row.get(1), row.get(0), row.get(2)),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the use of `client`: a connection whose state is unknown, or that only reads, does not go back to the pool.
+    fn settle<T>(client: Lease, doing: &'static str, result: Result<Result<T, Fault>, Elapsed>) -> Result<T, Error> {
         match result {
-            Ok(Ok(value)) => Ok(value),
+            Ok(Ok(value)) => {
+                client.end();
+                Ok(value)
+            }
             Ok(Err(fault)) => {
-                if client.is_closed() || matches!(&fault, Fault::Sql(error) if error.as_db_error().is_none()) {
-                    Pool::discard(client);
+                // Unknown, or what a failover left behind: the next connection may meet the server that writes.
+                let useless = match &fault {
+                    Fault::Sql(error) => error.code().is_none_or(|code| *code == SqlState::READ_ONLY_SQL_TRANSACTION),
+                    Fault::Own(_) => false,
+                };
+                let error = fault.into_error(doing);
+                if !client.is_closed() && !useless && !matches!(error, Error::Unreachable(_)) {
+                    client.end();
                 }
-                Err(fault.into_error(doing))
+                Err(error)
             }
-            Err(_) => {
-                Pool::discard(client);
-                Err(Error::Unreachable("no answer within the statement timeout".into()))
-            }
+            Err(_) => Err(Error::Unreachable("no answer within the statement timeout".into())),
         }
     }
 
@@ -266,6 +295,26 @@ impl Postgres {
                     result => return result,
                 }
             }
+        };
+        let result = tokio::time::timeout(self.patience, work).await;
+        Self::settle(client, doing, result)
+    }
+
+    /// A statement whose text depends on what was asked for: prepared for this one time, because there is no end to them, and
+    /// planned for its values, because one tenant has most of the rows and another has none.
+    async fn query_once(
+        &self,
+        doing: &'static str,
+        sql: &str,
+        params: &Params<'_>,
+    ) -> Result<Vec<tokio_postgres::Row>, Error> {
+        let mut client = self.client().await?;
+        let work = async {
+            let transaction = client.build_transaction().read_only(true).start().await?;
+            transaction.batch_execute("SET LOCAL plan_cache_mode = force_custom_plan").await?;
+            let rows = transaction.query(sql, params).await?;
+            transaction.commit().await?;
+            Ok(rows)
         };
         let result = tokio::time::timeout(self.patience, work).await;
         Self::settle(client, doing, result)
@@ -588,13 +637,19 @@ impl Postgres {
         Ok(rows.first().map(columns_of))
     }
 
+    pub async fn tenants_of(&self, id: ExecutionId) -> Result<Vec<String>, Error> {
+        let sql = "SELECT tenant FROM events WHERE id = $1 LIMIT 100";
+        let rows = self.query("read the ledger", sql, &[&id.0]).await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
     pub async fn list(&self, query: Query) -> Result<Vec<Columns>, Error> {
-        let rows = self.query("list the ledger", &query.sql, &params(&query.values)).await?;
+        let rows = self.query_once("list the ledger", &query.sql, &params(&query.values)).await?;
         Ok(rows.iter().map(columns_of).collect())
     }
 
     pub async fn count(&self, query: Query) -> Result<u64, Error> {
-        let rows = self.query("count in the ledger", &query.sql, &params(&query.values)).await?;
+        let rows = self.query_once("count in the ledger", &query.sql, &params(&query.values)).await?;
         Ok(rows.first().map_or(0, |row| row.get::<_, i64>(0)).max(0) as u64)
     }
 
@@ -714,8 +769,8 @@ impl Postgres {
         const DOING: &str = "collect what is past its age";
         let picked = |phase: i16| {
             format!(
-                "WITH old AS MATERIALIZED (SELECT seq, id, tenant FROM events WHERE phase = {phase} AND phase_at <= {NOW} - $2::bigint \
-                 ORDER BY phase_at LIMIT $3 FOR UPDATE SKIP LOCKED), "
+                "WITH t AS MATERIALIZED (SELECT {NOW} - $2::bigint AS before), old AS MATERIALIZED ( \
+                 SELECT seq, id, tenant FROM events WHERE phase = {phase} AND phase_at <= (SELECT before FROM t) ORDER BY phase_at LIMIT $3 FOR UPDATE SKIP LOCKED), "
             )
         };
         let payloads = format!(
@@ -729,8 +784,8 @@ impl Postgres {
             picked(codec::COLLECTED)
         );
         let rejected = format!(
-            "DELETE FROM rejected r USING (SELECT topic, message_id FROM rejected WHERE at <= {NOW} - $2::bigint ORDER BY at LIMIT $3) \
-             AS old WHERE r.topic = old.topic AND r.message_id = old.message_id RETURNING 1"
+            "WITH t AS MATERIALIZED (SELECT {NOW} - $2::bigint AS before) DELETE FROM rejected r USING ( \
+             SELECT topic, message_id FROM rejected WHERE at <= (SELECT before FROM t) ORDER BY at LIMIT $3) AS old WHERE r.topic = old.topic AND r.message_id = old.message_id RETURNING 1"
         );
         let limit = limit as i64;
         let payload_age = self.shared.payload_age_max.as_millis();
@@ -750,7 +805,7 @@ impl Postgres {
 
 /// One transaction; the keys that were added.
 async fn insert(
-    client: &mut Client,
+    client: &mut Lease,
     chunks: &[Vec<&NewRow>],
     now: Option<i64>,
 ) -> Result<HashMap<(Uuid, String), ()>, Fault> {

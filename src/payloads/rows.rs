@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::codec::{self, Codec, Columns, frame};
 use super::{Attempt, Change, Claimed, Error, Take, Transition};
 use crate::clock::Timestamp;
-use crate::event::{Content, Event, State};
+use crate::event::{Content, Envelope, Event, State};
 use crate::ids::Key;
 
 /// A ledger row with its payload, to insert.
@@ -59,25 +59,11 @@ impl NewRow {
         if let Content::Done { state, status, started_at, duration_ms, error, n8n_execution_id } = &envelope.content {
             // Whatever it says, the call is over: an open state would wait for a delivery that never comes.
             let state = if state.is_final() { *state } else { State::Unknown };
-            let error_class = match (status, error) {
-                (Some(status), _) if *status >= 400 => Some(format!("http_{}xx", status / 100)),
-                (_, Some(_)) => Some("error".to_owned()),
-                _ => None,
-            };
-            let attempt = Attempt {
-                number: 1,
-                started_at: *started_at,
-                duration_ms: Some(*duration_ms),
-                status: *status,
-                error_class: error_class.clone(),
-                error: error.clone(),
-                n8n_execution_id: n8n_execution_id.clone(),
-                message_id: None,
-                traceparent: envelope.traceparent.clone(),
-            };
-            row.history = Some(frame(1, &codec.attempt_in(&key, &attempt)?));
+            if let Some(attempt) = Attempt::of_call(envelope) {
+                row.history = Some(frame(1, &codec.attempt_in(&key, &attempt)?));
+            }
             row.error = codec.error_in(&key, error.as_deref())?;
-            row.error_class = error_class;
+            row.error_class = call_error_class(*status, error.as_deref());
             row.n8n_execution_id = n8n_execution_id.clone().map(clean);
             row.finished_at = Some(started_at.0.saturating_add_unsigned(*duration_ms));
             row.state = codec::state_code(state);
@@ -281,4 +267,32 @@ pub(super) struct RejectedRow {
     pub message_id: String,
     pub reason: String,
     pub raw: Vec<u8>,
+}
+
+fn call_error_class(status: Option<u16>, error: Option<&str>) -> Option<String> {
+    match (status, error) {
+        (Some(status), _) if status >= 400 => Some(format!("http_{}xx", status / 100)),
+        (_, Some(_)) => Some("error".to_owned()),
+        _ => None,
+    }
+}
+
+impl Attempt {
+    /// The one attempt of a call that was already made ([`Content::Done`]). What was cancelled before anybody tried has none.
+    pub fn of_call(envelope: &Envelope) -> Option<Self> {
+        match &envelope.content {
+            Content::Done { state: State::Cancelled, .. } | Content::Json | Content::Request { .. } => None,
+            Content::Done { status, started_at, duration_ms, error, n8n_execution_id, .. } => Some(Self {
+                number: 1,
+                started_at: *started_at,
+                duration_ms: Some(*duration_ms),
+                status: *status,
+                error_class: call_error_class(*status, error.as_deref()),
+                error: error.clone(),
+                n8n_execution_id: n8n_execution_id.clone(),
+                message_id: None,
+                traceparent: envelope.traceparent.clone(),
+            }),
+        }
+    }
 }

@@ -30,7 +30,7 @@ use super::query::{Query, Value};
 use super::rows::{self, Answer, Ask, NewRow, Op, REJECTED_MAX, RawBody, RejectedRow, Step, Stored, TIMER_AGAIN_MS};
 use super::{Admitted, Claimed, Collected, Error, Shared};
 use crate::event::State;
-use crate::ids::Key;
+use crate::ids::{ExecutionId, Key};
 use crate::observe::payloads as observe;
 
 /// Jobs of one transaction. More would only make the first wait longer.
@@ -41,6 +41,8 @@ const READERS: usize = 4;
 /// Pages of the log (16 MiB) after which a commit copies it into the file. An event's row is written three times; the longer
 /// the log, the more of that is one write.
 const CHECKPOINT_PAGES: u32 = 4096;
+/// Bodies that one transaction of the collection frees: it looks at each of their pages, and nobody else writes meanwhile.
+const COLLECT_BYTES: i64 = 32 << 20;
 /// Free pages (64 MiB) that collection leaves for reuse.
 const FREE_PAGES_KEPT: i64 = 16_384;
 
@@ -136,7 +138,7 @@ impl Fault {
         let file = file.display();
         let cause = match code {
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-                return Error::Refused(format!(
+                return Error::Unusable(format!(
                     "cannot {doing}: {file} is damaged ({error}); stop the service, keep a copy of it and restore it from a backup"
                 ));
             }
@@ -307,6 +309,15 @@ impl Sqlite {
         self.read("read the ledger", move |db| Ok(one(db, &key)?)).await
     }
 
+    pub async fn tenants_of(&self, id: ExecutionId) -> Result<Vec<String>, Error> {
+        self.read("read the ledger", move |db| {
+            let mut statement = db.prepare_cached("SELECT tenant FROM events WHERE id = ? LIMIT 100")?;
+            let names = statement.query_map([id.0.as_bytes()], |row| row.get(0))?;
+            Ok(names.collect::<Result<_, _>>()?)
+        })
+        .await
+    }
+
     pub async fn list(&self, query: Query) -> Result<Vec<Columns>, Error> {
         self.read("list the ledger", move |db| {
             Ok(columns(db, &query.sql, rusqlite::params_from_iter(query.values.iter()))?)
@@ -457,22 +468,35 @@ impl Sqlite {
         let (now, limit) = (self.now(), limit as i64);
         let payloads_before = now - self.shared.payload_age_max.as_millis();
         let rows_before = now - self.shared.ledger_age_max.as_millis();
-        let collected = self
+        let mut payloads = 0;
+        loop {
+            let (found, freed) = self
+                .write("collect what is past its age", move |db| {
+                    // An event that is complete has a payload of its own to free; what follows the first goes as far as it fits.
+                    let mut bytes = 0;
+                    let mut fit = old(db, codec::COMPLETE, payloads_before, limit - payloads)?;
+                    let found = fit.len() as i64;
+                    fit.retain(|(_, body)| {
+                        let first = bytes == 0;
+                        bytes += body;
+                        first || bytes <= COLLECT_BYTES
+                    });
+                    for (seq, _) in &fit {
+                        db.prepare_cached("UPDATE contents SET body = NULL WHERE seq = ?1")?.execute([seq])?;
+                        db.prepare_cached("UPDATE events SET phase = 2 WHERE seq = ?1")?.execute([seq])?;
+                    }
+                    Ok((found, fit.len() as i64))
+                })
+                .await?;
+            payloads += freed;
+            if freed == found {
+                break;
+            }
+        }
+        let (rows, rejected) = self
             .write("collect what is past its age", move |db| {
-                let old = |phase: i16, before: i64| -> Result<Vec<i64>, Fault> {
-                    let mut statement = db.prepare_cached(
-                        "SELECT seq FROM events WHERE phase = ?1 AND phase_at <= ?2 ORDER BY phase_at LIMIT ?3",
-                    )?;
-                    let found = statement.query_map(params![phase, before, limit], |row| row.get(0))?;
-                    Ok(found.collect::<Result<_, _>>()?)
-                };
-                let payloads = old(codec::COMPLETE, payloads_before)?;
-                for seq in &payloads {
-                    db.prepare_cached("UPDATE contents SET body = NULL WHERE seq = ?1")?.execute([seq])?;
-                    db.prepare_cached("UPDATE events SET phase = 2 WHERE seq = ?1")?.execute([seq])?;
-                }
-                let rows = old(codec::COLLECTED, rows_before)?;
-                for seq in &rows {
+                let rows = old(db, codec::COLLECTED, rows_before, limit)?;
+                for (seq, _) in &rows {
                     db.prepare_cached("DELETE FROM contents WHERE seq = ?1")?.execute([seq])?;
                     db.prepare_cached("DELETE FROM events WHERE seq = ?1")?.execute([seq])?;
                 }
@@ -482,9 +506,10 @@ impl Sqlite {
                          (SELECT topic, message_id FROM rejected WHERE at <= ?1 ORDER BY at LIMIT ?2)",
                     )?
                     .execute(params![rows_before, limit])?;
-                Ok((Collected { payloads: payloads.len() as u64, rows: rows.len() as u64 }, rejected as u64))
+                Ok((rows.len() as u64, rejected as u64))
             })
             .await?;
+        let collected = (Collected { payloads: payloads as u64, rows }, rejected);
         if collected.0.payloads > 0 || collected.0.rows > 0 {
             self.write("give back free pages", |db| {
                 let free: i64 = db.query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
@@ -656,7 +681,7 @@ fn open(file: &Path, shared: &Shared) -> Result<Connection, Error> {
     .map_err(sql)?;
     let mode: String = db.query_row("PRAGMA journal_mode", [], |row| row.get(0)).map_err(sql)?;
     if mode != "wal" {
-        return Err(Error::Refused(format!(
+        return Err(Error::Unusable(format!(
             "{} is on a file system without shared memory: choose a local disk",
             file.display()
         )));
@@ -671,12 +696,21 @@ fn migrate(db: &mut Connection, file: &Path, shared: &Shared) -> Result<(), Erro
         super::migrations(&[("V1__ledger", include_str!("../../appliance/migrations/sqlite/V1__ledger.sql"))])?;
     let newest = migrations.iter().map(|m| m.version()).max().unwrap_or(0);
     let report = refinery::Runner::new(&migrations).set_abort_missing(false).run(db).map_err(|error| {
-        Error::Refused(format!("cannot bring the tables of {} up to date: {error}", file.display()))
+        Error::Unusable(format!("cannot bring the tables of {} up to date: {error}", file.display()))
     })?;
-    let oldest: i64 = db
-        .query_row("SELECT oldest_reader FROM format", [], |row| row.get(0))
-        .map_err(|error| Fault::from(error).into_error("read the payload store's format", file))?;
+    let sql = |error: rusqlite::Error| Fault::from(error).into_error("read the payload store's format", file);
+    let oldest: i64 = db.query_row("SELECT oldest_reader FROM format", [], |row| row.get(0)).map_err(sql)?;
     super::check_format(oldest, i64::from(newest))?;
+    let ours = &shared.environment;
+    db.execute("UPDATE format SET environment = ?1 WHERE environment IS NULL", [ours.as_str()]).map_err(sql)?;
+    let owner: Option<String> = db.query_row("SELECT environment FROM format", [], |row| row.get(0)).map_err(sql)?;
+    super::check_environment(owner.as_deref(), ours)?;
+    let newest = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?));
+    let newest: Option<([u8; 16], String, Vec<u8>)> =
+        db.query_row(super::NEWEST, [], newest).optional().map_err(sql)?;
+    if let Some((id, tenant, envelope)) = newest {
+        shared.codec.check_key(&tenant, Uuid::from_bytes(id), &envelope)?;
+    }
     let applied = report.applied_migrations().len();
     observe::Migrated { environment: &shared.environment, kind: "sqlite", applied, took: start.elapsed() }.emit();
     Ok(())
@@ -1016,6 +1050,15 @@ fn apply(db: &Connection, step: &Step, now: i64) -> Result<bool, Fault> {
         }
     }
     Ok(true)
+}
+
+/// Rows of a phase that are past their age, the oldest first, and the size of their bodies.
+fn old(db: &Connection, phase: i16, before: i64, limit: i64) -> rusqlite::Result<Vec<(i64, i64)>> {
+    db.prepare_cached(
+        "SELECT seq, body_bytes FROM events WHERE phase = ?1 AND phase_at <= ?2 ORDER BY phase_at LIMIT ?3",
+    )?
+    .query_map(params![phase, before, limit], |row| Ok((row.get(0)?, row.get(1)?)))?
+    .collect()
 }
 
 /// Ends a row that nobody holds.

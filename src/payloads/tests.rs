@@ -1,5 +1,5 @@
 //! The invariants of the payload store, against SQLite. `conformance.rs` is the part that PostgreSQL has to pass as well
-//! (`tests/real/payloads.rs`).
+//! (`tests/real/postgres/payloads.rs`).
 
 use crate as dealscale;
 
@@ -103,16 +103,29 @@ async fn a_wrong_key_is_a_clear_error_and_harms_nothing() {
         assert!(!file.windows(secret.len()).any(|w| w == secret.as_bytes()), "{secret} is in the file");
     }
     for (key, words) in [(Some("a2"), "another encryption key"), (None, "encryption_key is not set")] {
-        let store = open(dir.path(), key, clock.clone()).await.unwrap();
-        for error in [
-            store.load(vec![event.key()]).await.unwrap_err(),
-            store.claim("a", vec![conformance::request(&event)], START).await.unwrap_err(),
-            store.list(Filter { limit: 1, ..Filter::default() }).await.unwrap_err(),
-        ] {
-            assert!(!error.is_transient() && error.to_string().contains(words), "{error}");
-        }
-        store.close().await;
+        let error = open(dir.path(), key, clock.clone()).await.map(drop).unwrap_err();
+        assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains(words), "{error}");
     }
+    // A row of another key behind ours: found when it is read.
+    let newer = Clock::manual(START.plus(Duration::from_secs(1)));
+    let store = open(dir.path(), Some("a1"), newer.clone()).await.unwrap();
+    store.admit(vec![conformance::event(&newer, "acme", b"x")]).await.unwrap();
+    store.close().await;
+    let db = rusqlite::Connection::open(dir.path().join("state/payloads.sqlite")).unwrap();
+    let other = "UPDATE contents SET envelope = CAST(X'0100000000' || substr(envelope, 6) AS BLOB) WHERE seq = 1";
+    let was: Vec<u8> = db.query_row("SELECT envelope FROM contents WHERE seq = 1", [], |row| row.get(0)).unwrap();
+    assert_eq!(db.execute(other, []).unwrap(), 1);
+    let store = open(dir.path(), Some("a1"), clock.clone()).await.unwrap();
+    for error in [
+        store.load(vec![event.key()]).await.unwrap_err(),
+        store.claim("a", vec![conformance::request(&event)], START).await.unwrap_err(),
+        store.list(Filter { limit: 10, ..Filter::default() }).await.unwrap_err(),
+    ] {
+        let words = "another encryption key";
+        assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains(words), "{error}");
+    }
+    store.close().await;
+    assert_eq!(db.execute("UPDATE contents SET envelope = ?1 WHERE seq = 1", [was]).unwrap(), 1);
     let store = open(dir.path(), Some("a1"), clock).await.unwrap();
     assert_eq!(store.load(vec![event.key()]).await.unwrap(), [Some(event)]);
 }
@@ -142,14 +155,36 @@ async fn files_that_cannot_be_used_say_why() {
     std::fs::create_dir(dir.path().join("state")).unwrap();
     std::fs::write(&file, "this is no database, but long enough to look at the header of".repeat(100)).unwrap();
     let error = open(dir.path(), None, Clock::System).await.map(drop).unwrap_err();
-    assert!(!error.is_transient() && error.to_string().contains("restore it from a backup"), "{error}");
+    assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains("restore it from a backup"), "{error}");
     std::fs::remove_file(&file).unwrap();
     let store = open(dir.path(), None, Clock::System).await.unwrap();
     store.close().await;
     let db = rusqlite::Connection::open(&file).unwrap();
     db.execute("UPDATE format SET oldest_reader = 99", []).unwrap();
     let error = open(dir.path(), None, Clock::System).await.map(drop).unwrap_err();
-    assert!(!error.is_transient() && error.to_string().contains("newer release"), "{error}");
+    assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains("newer release"), "{error}");
+    // It is another environment's.
+    db.execute("UPDATE format SET oldest_reader = 1, environment = 'staging'", []).unwrap();
+    let error = open(dir.path(), None, Clock::System).await.map(drop).unwrap_err();
+    let words = "belongs to environment staging, and this is production";
+    assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains(words), "{error}");
+}
+
+#[tokio::test]
+async fn a_count_that_nobody_waits_for_any_more_serves_the_next() {
+    let (w, _dir) = world_with(None).await;
+    w.admitted("acme", b"x").await;
+    // As long as counting lasts.
+    let counting = w.store.shared.counts.lock().await;
+    let status = w.store.status().await;
+    assert!(status.reachable && status.states.is_empty(), "{status:?}");
+    drop(counting);
+    let end = Instant::now() + Duration::from_secs(60);
+    while w.store.shared.counts.lock().await.is_none() {
+        assert!(Instant::now() < end, "the count was given up with its caller");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(w.store.status().await.states, BTreeMap::from([("relayed".to_owned(), 1)]));
 }
 
 #[tokio::test]
@@ -167,6 +202,23 @@ async fn a_full_disk_fails_whole_and_passes() {
     w.store.limit_pages(1 << 20).await;
     assert_eq!(w.store.admit(vec![small, large]).await.unwrap(), [Admitted::New, Admitted::New]);
     assert!(file.exists());
+}
+
+#[tokio::test]
+async fn large_payloads_are_collected_in_bites_and_all_of_them() {
+    let (w, dir) = world_with(None).await;
+    let big = vec![7u8; 20 << 20];
+    let events: Vec<_> = [&big[..], &big, b"small", &big, b""].map(|body| event(&w, body)).into();
+    for event in &events {
+        w.store.admit(vec![event.clone()]).await.unwrap();
+        w.finished(event, State::Delivered).await;
+    }
+    w.clock.step(PAYLOAD_AGE.as_millis());
+    assert_eq!(w.store.collect(500).await.unwrap(), Collected { payloads: 5, rows: 0 });
+    assert_eq!(w.store.collect(500).await.unwrap(), Collected::default());
+    let db = rusqlite::Connection::open(dir.join("state/payloads.sqlite")).unwrap();
+    let kept: i64 = db.query_row("SELECT count(*) FROM contents WHERE body IS NOT NULL", [], |row| row.get(0)).unwrap();
+    assert_eq!(kept, 0);
 }
 
 fn event(w: &World, body: &[u8]) -> Event {

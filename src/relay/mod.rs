@@ -251,6 +251,18 @@ impl Inner {
                     settles.push(confirm);
                     finals.push((key, state));
                 }
+                // Cancelled in the outbox while the ledger had it, from before a crash.
+                (Admitted::Same { .. }, Some(State::Cancelled)) => match self.parts.store.cancel(&key).await {
+                    Ok(state) => {
+                        events::Settled { reason: "recorded" }.emit();
+                        settles.push(confirm);
+                        finals.extend(state.filter(|state| state.is_final()).map(|state| (key, state)));
+                    }
+                    Err(error) => {
+                        self.failing("payloads", &error.to_string(), PAUSE_MIN);
+                        settles.push(Settle::Release { sequence });
+                    }
+                },
                 (_, Some(state)) => {
                     events::Settled { reason: "recorded" }.emit();
                     settles.push(confirm);
@@ -323,7 +335,10 @@ impl Inner {
                     if parked.is_empty() && publishing.is_empty() && down {
                         // Nothing left to try with: the next batch is the probe.
                         down = false;
-                        tokio::time::sleep_until(retry_at).await;
+                        tokio::select! {
+                            () = shutdown.cancelled() => return,
+                            () = tokio::time::sleep_until(retry_at) => {}
+                        }
                     }
                     self.status().parked = parked.len() as u64;
                 }

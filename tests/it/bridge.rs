@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -232,6 +233,7 @@ async fn a_short_route_answers_with_n8ns_own_answer_and_calls_once() {
     let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
     let config = format!(
         "[bridge]\ntoken_required = false\n[environments.production.n8n]\nurl = {:?}\n\
+         [environments.production.delivery]\nwebhook_secret = \"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\"\n\
          [[environments.production.routes]]\nname = \"short\"\nclass = \"short\"\nwhen.workflow = \"s\"\nwebhook = \"/webhook/s\"\ntimeout = \"1s\"\n\
          [[environments.production.routes]]\nname = \"fallback\"\nclass = \"short\"\nwhen.workflow = \"f\"\nfallback = \"queue\"\nwebhook = \"http://127.0.0.1:9/f\"\n\
          [[environments.production.routes]]\nname = \"refuse\"\nclass = \"short\"\nwhen.workflow = \"r\"\nwebhook = \"http://127.0.0.1:9/r\"\n",
@@ -248,6 +250,13 @@ async fn a_short_route_answers_with_n8ns_own_answer_and_calls_once() {
     let id = headers["x-dealscale-execution-id"].to_str().unwrap().to_owned();
     let event = appliance.wait_state(&id, &["failed"], SOON).await;
     assert_eq!(event["history"][0]["status"], 418, "{event}");
+    let seen = &receiver.seen()[0];
+    assert_eq!(seen.header("webhook-id"), id);
+    let key = base64::engine::general_purpose::STANDARD.decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
+    let signed = [format!("{id}.{}.", seen.header("webhook-timestamp")).as_bytes(), &seen.body].concat();
+    let tag = aws_lc_rs::hmac::sign(&aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &key), &signed);
+    let expected = format!("v1,{}", base64::engine::general_purpose::STANDARD.encode(tag));
+    assert_eq!(seen.header("webhook-signature"), expected);
     // The same call again does not reach n8n.
     assert_eq!(send(call("s").header("idempotency-key", "once")).await.0, 409);
     assert_eq!(receiver.seen().len(), 1);
@@ -294,4 +303,309 @@ async fn slow_headers_are_cut_and_a_stop_ends_long_polls_without_an_error() {
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     let polled = poll.join_all().await;
     assert_eq!(polled[0].0, 202, "{:?}", polled[0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_are_counted_replayed_and_discarded_within_a_tenant() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    receiver.default_reply(Reply::status(410));
+    let config = accounts().replace("url = \"http://127.0.0.1:9\"\n", &format!("url = {:?}\n", receiver.url("")))
+        + "[environments.production.default_route]\nwebhook = \"/webhook/x\"\n";
+    let config = config.replace("publish_rate_max = 2\n", "");
+    let appliance = Appliance::start(dir.path(), &config).await.with_token("dst_all");
+    let before = jiff::Timestamp::now().to_string();
+    let mut ids = Vec::new();
+    for (tenant, workflow) in [("a", "x"), ("a", "x"), ("a", "\u{d5}"), ("b", "x")] {
+        let event = json!({"workflow": workflow, "tenant_id": tenant, "payload": 1});
+        let (status, body) = appliance.post("/pulsar/publish", event).await;
+        assert_eq!(status, 202, "{body}");
+        ids.push((body["execution_id"].as_str().unwrap().to_owned(), tenant));
+    }
+    let state = async |n: usize, wanted: &str| {
+        let (id, tenant) = &ids[n];
+        let end = Instant::now() + SOON;
+        loop {
+            let (_, event) = appliance.get(&format!("/executions/{id}?tenant={tenant}")).await;
+            if event["state"] == wanted {
+                return event;
+            }
+            assert!(Instant::now() < end, "{event}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    for n in 0..4 {
+        assert_eq!(state(n, "dead").await["history"][0]["status"], 410);
+    }
+    let after = jiff::Timestamp::now().to_string();
+
+    // Every filter of a mass replay, as a dry run; what is filled with null does not filter.
+    let class = state(0, "dead").await["error_class"].as_str().unwrap().to_owned();
+    for (filter, count) in [
+        (json!({}), 4),
+        (json!({"tenant": null, "workflow": null, "error_class": null, "since": null, "until": null}), 4),
+        (json!({"tenant": "a"}), 3),
+        (json!({"tenant": "a", "workflow": "x"}), 2),
+        (json!({"workflow": "\u{d5}"}), 1),
+        (json!({"workflow": "nobody's"}), 0),
+        (json!({"error_class": class}), 4),
+        (json!({"error_class": "timeout"}), 0),
+        (json!({"since": before, "until": after}), 4),
+        (json!({"until": before}), 0),
+        (json!({"since": after}), 0),
+        (json!({"since": "0000-01-01T00:00:00Z", "until": "9999-12-31T23:59:59Z"}), 4),
+    ] {
+        let mut dry = filter.clone();
+        dry["dry_run"] = json!(true);
+        let (status, body) = appliance.post("/dead-letters/replay", dry).await;
+        assert_eq!((status, &body["count"]), (200, &json!(count)), "{filter} {body}");
+        assert!(body["rate"].as_u64().unwrap() > 0);
+    }
+    // What the document refuses, the code refuses.
+    for bad in [
+        json!({"workflow": ""}),
+        json!({"workflow": "a\u{7f}"}),
+        json!({"workflow": "x".repeat(201)}),
+        json!({"tenant": "A"}),
+        json!({"error_class": ""}),
+        json!({"error_class": "a\u{0}"}),
+        json!({"since": "2026-11-24"}),
+        json!({"until": "2026-11-24T12:00:00Z[UTC]"}),
+        json!({"since": 0}),
+        json!({"dry_run": null}),
+        json!({"dry_run": "true"}),
+        json!({"dryrun": true}),
+    ] {
+        let (status, body) = appliance.post("/dead-letters/replay", bad.clone()).await;
+        assert_eq!(status, 400, "{bad} {body}");
+    }
+    assert_eq!(receiver.seen().len(), 4, "dry runs and refusals call nobody");
+
+    // Reading is not operating, and a tenant is not another one.
+    let (_, page) = appliance.get("/dead-letters?limit=500").await;
+    assert_eq!(page["dead_letters"].as_array().unwrap().len(), 4, "{page}");
+    let (status, page) = appliance.get("/dead-letters?error_class=%00").await;
+    assert_eq!(status, 400, "{page}");
+
+    // One by one …
+    receiver.default_reply(Reply::status(200));
+    let (id, _) = &ids[3];
+    let (status, body) = appliance.post(&format!("/dead-letters/{id}/replay?tenant=a"), Value::Null).await;
+    assert_eq!(status, 404, "{body}");
+    let (status, body) = appliance.post(&format!("/dead-letters/{id}/replay?tenant=b"), Value::Null).await;
+    assert_eq!((status, &body["state"]), (202, &json!("relayed")), "{body}");
+    let event = state(3, "delivered").await;
+    assert_eq!((&event["replays"], &event["attempts"]), (&json!(1), &json!(1)), "{event}");
+    let (status, _) = appliance.post(&format!("/dead-letters/{id}/replay?tenant=b"), Value::Null).await;
+    assert_eq!(status, 404, "it is no dead letter any more");
+    // … by a filter …
+    let request =
+        appliance.request(Method::POST, "/dead-letters/replay").json(&json!({"tenant": "a", "workflow": "x"}));
+    let (status, headers, job) = send(request).await;
+    assert_eq!((status, &job["count"]), (202, &json!(2)), "{job}");
+    let place = headers["location"].to_str().unwrap();
+    let end = Instant::now() + SOON;
+    let job = loop {
+        let (status, job) = appliance.get(place).await;
+        assert_eq!(status, 200, "{job}");
+        if job["state"] != "running" {
+            break job;
+        }
+        assert!(Instant::now() < end, "{job}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert_eq!((&job["state"], &job["replayed"], &job["skipped"]), (&json!("done"), &json!(2), &json!(0)), "{job}");
+    state(0, "delivered").await;
+    state(1, "delivered").await;
+    assert_eq!(state(2, "dead").await["replays"], 0, "the filter did not fit");
+    // … or not at all.
+    let (id, _) = &ids[2];
+    let (status, body) = appliance.delete(&format!("/dead-letters/{id}?tenant=a")).await;
+    assert_eq!((status, &body["state"]), (200, &json!("cancelled")), "{body}");
+    state(2, "cancelled").await;
+    assert_eq!(appliance.delete(&format!("/dead-letters/{id}?tenant=a")).await.0, 404);
+    let seen: Vec<String> = receiver.seen().iter().map(|s| s.header("webhook-id").to_owned()).collect();
+    assert_eq!(seen.iter().filter(|s| **s == seen[0]).count(), 2, "a replay keeps its webhook-id: {seen:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_id_is_found_without_its_tenant_where_a_pattern_admits_many() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let config = format!(
+        "[bridge]\ntoken_required = false\n[environments.production.n8n]\nurl = {:?}\n\
+         [environments.production.default_route]\nwebhook = \"/webhook/x\"\n",
+        receiver.url("")
+    );
+    let appliance = Appliance::start(dir.path(), &config).await;
+    let id = appliance.publish("w", json!(1)).await;
+    appliance.wait_state(&id, &["delivered"], SOON).await;
+    let (status, event) = appliance.get(&format!("/executions/{id}")).await;
+    assert_eq!((status, &event["tenant_id"]), (200, &json!("t1")), "{event}");
+    // Two tenants with one id: which one is a question, not a guess.
+    let event = json!({"workflow": "w", "tenant_id": "t2", "payload": 2, "execution_id": id});
+    let (status, body) = appliance.post("/pulsar/publish", event).await;
+    assert_eq!((status, &body["duplicate"]), (202, &json!(false)), "{body}");
+    let (status, body) = appliance.get(&format!("/executions/{id}")).await;
+    assert_eq!(status, 400, "{body}");
+    assert!(body["detail"].as_str().unwrap().contains("?tenant="), "{body}");
+    assert_eq!(appliance.get(&format!("/executions/{id}?tenant=t2")).await.1["tenant_id"], "t2");
+    assert_eq!(appliance.get("/executions/0190b4a4-0000-7000-8000-00000000dead").await.0, 404);
+}
+
+/// Writes these bytes on a connection of its own, and reads until the other side closes it.
+async fn raw(appliance: &Appliance, bytes: &[u8]) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(appliance.bridge).await.unwrap();
+    let (mut reader, mut writer) = stream.split();
+    let mut answer = Vec::new();
+    // The bridge may answer and close before it has read everything.
+    let (_, read) = tokio::join!(writer.write_all(bytes), tokio::time::timeout(SOON, reader.read_to_end(&mut answer)));
+    let _ = read.expect("the connection is closed");
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn broken_and_hostile_requests_are_refused_and_cost_nothing_else() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let config = format!(
+        "[bridge]\ntoken_required = false\nheader_timeout = \"1s\"\nbody_timeout = \"1s\"\n\
+         [environments.production.n8n]\nurl = {:?}\n[environments.production.default_route]\nwebhook = \"/webhook/x\"\n",
+        receiver.url("")
+    );
+    let appliance = Appliance::start(dir.path(), &config).await;
+    let head = "POST /pulsar/publish HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
+    let post = |body: &[u8]| {
+        let mut text = format!("{head}connection: close\r\ncontent-length: {}\r\n\r\n", body.len()).into_bytes();
+        text.extend_from_slice(body);
+        text
+    };
+    let good = br#"{"workflow":"w","tenant_id":"t1","payload":1}"#;
+    let many: String = (0..101).map(|n| format!("x-{n}: 1\r\n")).collect();
+    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+        ("a byte order mark", post(b"\xef\xbb\xbf{}"), "400"),
+        ("no UTF-8", post(b"{\"workflow\":\"\xff\",\"tenant_id\":\"t1\",\"payload\":1}"), "400"),
+        ("no UTF-8 in the payload", post(b"{\"workflow\":\"w\",\"tenant_id\":\"t1\",\"payload\":\"\xc3\"}"), "400"),
+        ("a field twice", post(br#"{"workflow":"w","workflow":"w","tenant_id":"t1","payload":1}"#), "400"),
+        ("half a surrogate", post(br#"{"workflow":"\ud800","tenant_id":"t1","payload":1}"#), "400"),
+        ("two values", post(br#"{"workflow":"w","tenant_id":"t1","payload":1} {}"#), "400"),
+        ("nested deeply", post("[".repeat(1_000_000).as_bytes()), "400"),
+        ("no body", post(b""), "400"),
+        ("a short body", format!("{head}content-length: 90\r\n\r\n{{").into_bytes(), "408"),
+        ("a length that is none", format!("{head}content-length: -1\r\n\r\n").into_bytes(), "400"),
+        ("two lengths", format!("{head}content-length: 2\r\ncontent-length: 3\r\n\r\n{{}}").into_bytes(), "400"),
+        ("a broken chunk", format!("{head}transfer-encoding: chunked\r\n\r\nzz\r\n").into_bytes(), "400"),
+        ("an unknown coding", format!("{head}transfer-encoding: gzip\r\n\r\n").into_bytes(), "400"),
+        ("two hosts", b"GET /executions HTTP/1.1\r\nhost: a\r\nhost: b\r\nconnection: close\r\n\r\n".to_vec(), "400"),
+        ("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n".to_vec(), "400"),
+        ("large headers", format!("{head}x: {}\r\n\r\n", "a".repeat(40 << 10)).into_bytes(), "431"),
+        ("many headers", format!("{head}{many}\r\n").into_bytes(), "431"),
+        (
+            "compressed",
+            format!("{head}connection: close\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\n{{}}").into_bytes(),
+            "415",
+        ),
+        (
+            "no type",
+            b"POST /pulsar/publish HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}".to_vec(),
+            "415",
+        ),
+        (
+            "a path that is no text",
+            b"GET /executions/%ff HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".to_vec(),
+            "404",
+        ),
+        (
+            "a query that is no text",
+            b"GET /executions?tenant=%ff HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".to_vec(),
+            "400",
+        ),
+        ("a good one", post(good), "202"),
+    ];
+    for (name, bytes, status) in cases {
+        let answer = raw(&appliance, &bytes).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{name}: {answer}");
+        if !["431", "202"].contains(&status) && answer.contains("content-type") {
+            assert!(answer.contains("application/problem+json"), "{name}: {answer}");
+        }
+    }
+    // Two requests at once on one connection: two answers in order. A HEAD has the head alone.
+    let mut two = format!("{head}content-length: {}\r\n\r\n", good.len()).into_bytes();
+    two.extend_from_slice(good);
+    two.extend_from_slice(b"HEAD /executions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    let answer = raw(&appliance, &two).await;
+    let (first, second) = answer.split_once("\"duplicate\":false}").expect("the whole first answer");
+    assert!(first.starts_with("HTTP/1.1 202 ") && second.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert!(second.ends_with("\r\n\r\n"), "{answer}");
+
+    // What is taken is delivered as it was written: numbers, order, spaces and escapes.
+    let payload = r#"{ "big":123456789012345678901234567890.000, "e":1E400,"a":"\ud800\u0000", "a": [ ] }"#;
+    let body = format!(r#"{{"workflow":"exact","tenant_id":"t1","payload": {payload} }}"#);
+    let request = appliance.request(Method::POST, "/pulsar/publish").header("content-type", "application/json");
+    let (status, _, answer) = send(request.body(body)).await;
+    assert_eq!(status, 202, "{answer}");
+    appliance.wait_state(answer["execution_id"].as_str().unwrap(), &["delivered"], SOON).await;
+    assert_eq!(receiver.seen().iter().filter(|seen| seen.body == payload).count(), 1);
+    assert_eq!(receiver.seen().len(), 3, "the refused ones have not come");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_short_answer_is_streamed_and_a_caller_who_leaves_is_written_down() {
+    use axum::response::IntoResponse;
+    use futures_util::StreamExt;
+    let dir = tempfile::tempdir().unwrap();
+    let (release, held) = tokio::sync::watch::channel(false);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let n8n = format!("http://{}", listener.local_addr().unwrap());
+    let calls = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counted = calls.clone();
+    let handler = axum::routing::post(move || {
+        counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let mut held = held.clone();
+        async move {
+            // The second half comes when the test says so.
+            let first = futures_util::stream::once(async { Ok::<_, std::io::Error>("first,") });
+            let second = futures_util::stream::once(async move {
+                let _ = held.wait_for(|go| *go).await;
+                Ok("second")
+            });
+            let body = axum::body::Body::from_stream(first.chain(second));
+            ([("set-cookie", "a=1"), ("x-n8n", "yes"), ("keep-alive", "timeout=5")], body).into_response()
+        }
+    });
+    let mut server = tokio::task::JoinSet::new();
+    server.spawn(async move { axum::serve(listener, axum::Router::new().fallback_service(handler)).await.unwrap() });
+    let config = format!(
+        "[bridge]\ntoken_required = false\n[environments.production.n8n]\nurl = {n8n:?}\n\
+         [environments.production.default_route]\nclass = \"short\"\nwebhook = \"/webhook/s\"\ntimeout = \"30s\"\n"
+    );
+    let appliance = Appliance::start(dir.path(), &config).await;
+    let call = || {
+        let event = json!({"workflow": "s", "tenant_id": "t1", "payload": 1});
+        appliance.request(Method::POST, "/pulsar/publish").json(&event).send()
+    };
+    let id = |headers: &reqwest::header::HeaderMap| headers["x-dealscale-execution-id"].to_str().unwrap().to_owned();
+    let mut answer = call().await.unwrap();
+    assert_eq!(
+        (&answer.headers()["set-cookie"], &answer.headers()["x-n8n"]),
+        (&"a=1".parse().unwrap(), &"yes".parse().unwrap())
+    );
+    assert!(!answer.headers().contains_key("keep-alive"), "a header of n8n's connection: {:?}", answer.headers());
+    let streamed = id(answer.headers());
+    assert_eq!(answer.chunk().await.unwrap().unwrap(), "first,", "the first half comes before the second is there");
+    // Somebody else has no patience.
+    let mut left = call().await.unwrap();
+    let abandoned = id(left.headers());
+    assert_eq!(left.chunk().await.unwrap().unwrap(), "first,");
+    drop(left);
+    let event = appliance.wait_state(&abandoned, &["unknown"], SOON).await;
+    assert_eq!(event["history"][0]["status"], 200, "{event}");
+    release.send(true).unwrap();
+    assert_eq!(answer.chunk().await.unwrap().unwrap(), "second");
+    assert_eq!(answer.chunk().await.unwrap(), None);
+    appliance.wait_state(&streamed, &["delivered"], SOON).await;
+    assert_eq!(calls.load(std::sync::atomic::Ordering::SeqCst), 2, "nothing is called again");
+
+    let later = (jiff::Timestamp::now() + Duration::from_secs(3600)).to_string();
+    let event = json!({"workflow": "s", "tenant_id": "t1", "payload": 1, "deliver_at": later});
+    let (status, body) = appliance.post("/pulsar/publish", event).await;
+    assert_eq!(status, 400, "a direct call cannot wait: {body}");
 }

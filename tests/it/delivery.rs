@@ -80,9 +80,8 @@ impl World {
             .unwrap();
         let store = Store::open(&config.payloads, &config.outbox, &config.name, Clock::System).await.unwrap();
         let keys = Arc::new(KeyRing::open(&signing).unwrap());
-        let templates = config.routes.iter().chain([&config.default_route]).map(|route| route.topic.clone()).collect();
         let broker =
-            Broker::open(&config.broker, &config.name, keys, Topics { templates }, &outbox, Clock::System).unwrap();
+            Broker::open(&config.broker, &config.name, keys, Topics::of(&config), &outbox, Clock::System).unwrap();
         Self { config, outbox, store, broker, finals: Arc::default(), dir }
     }
 
@@ -161,6 +160,20 @@ impl World {
         self.store.get(key, true).await.unwrap()
     }
 
+    /// Waits for dead letters in the broker.
+    async fn letters(&self, n: u64) {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let backlog = self.broker.backlog().await.unwrap();
+            let waiting: u64 = backlog.iter().filter(|b| b.topic.contains("deadletter")).map(|b| b.waiting).sum();
+            if waiting == n {
+                return;
+            }
+            assert!(Instant::now() < end, "{backlog:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Waits for a state and answers the row with its attempts.
     async fn until(&self, key: &Key, state: State) -> Row {
         let end = Instant::now() + LIMIT;
@@ -214,6 +227,21 @@ impl Process {
             assert!(Instant::now() < end, "{status:#?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// As SIGSTOP: no task of it runs until then. Answers what turns true when it is over.
+    fn stop_for(&self, time: Duration) -> Arc<std::sync::atomic::AtomicBool> {
+        let awake: Arc<std::sync::atomic::AtomicBool> = Arc::default();
+        let both = Arc::new(std::sync::Barrier::new(2));
+        for _ in 0..2 {
+            let (awake, both) = (awake.clone(), both.clone());
+            self.runtime.as_ref().unwrap().spawn(async move {
+                both.wait();
+                std::thread::sleep(time);
+                awake.store(true, std::sync::atomic::Ordering::Release);
+            });
+        }
+        awake
     }
 
     async fn drain(mut self) -> bool {
@@ -392,6 +420,78 @@ async fn a_dead_n8n_burns_few_attempts_and_its_return_delivers_all() {
     process.wait_for(|status| status.breakers_open.is_empty()).await;
 }
 
+/// As an n8n whose process is stopped: connections are accepted by the kernel, and nothing answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_n8n_that_hangs_burns_few_attempts() {
+    let hung = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = hung.local_addr().unwrap();
+    let extra = "[environments.test.default_route]\ntimeout = \"100ms\"\nretry.attempts_max = 4\n";
+    let config = QUICK
+        .replace("breaker_open", "breaker_failures = 2\nbreaker_open")
+        .replace("[environments.test.default_route.retry]\nmin = \"20ms\"\nmax = \"100ms\"\n", extra);
+    let world =
+        World::at(&format!("http://{addr}"), &format!("{config}retry.min = \"20ms\"\n"), |_| String::new()).await;
+    let mut keys = Vec::new();
+    for n in 0..30 {
+        keys.push(world.publish("acme", n, |_| {}).await);
+    }
+    let process = world.start();
+    process.wait_for(|status| !status.breakers_open.is_empty()).await;
+    drop(hung);
+    let _receiver = Receiver::start_on(addr).await;
+    for key in &keys {
+        world.until(key, State::Delivered).await;
+    }
+}
+
+/// A server that takes connections and answers "down", such as a proxy before a dead n8n, is not known to be down by a probe.
+#[tokio::test(flavor = "multi_thread")]
+async fn trials_of_a_server_that_is_still_down_end_no_event() {
+    let receiver = Receiver::start().await;
+    receiver.script((0..25).map(|n| Reply::status(if n % 2 == 0 { 503 } else { 502 })));
+    let extra = format!(
+        "[environments.test.default_route]\nwebhook = {:?}\nconcurrency = 1\nretry.attempts_max = 2\n\
+         retry.min = \"10ms\"\nretry.max = \"20ms\"\n",
+        receiver.url("/hook")
+    );
+    let config = QUICK.split("[environments.test.default_route.retry]").next().unwrap();
+    let config = config.replace("breaker_open = \"200ms\"", "breaker_failures = 1\nbreaker_open = \"50ms\"");
+    let world = World::at("http://127.0.0.1:1", &format!("{config}{extra}"), |_| String::new()).await;
+    let mut keys = Vec::new();
+    for n in 0..5 {
+        keys.push(world.publish("acme", n, |_| {}).await);
+    }
+    let _process = world.start();
+    for key in &keys {
+        world.until(key, State::Delivered).await;
+    }
+    assert_eq!(calls(&receiver).len(), 30);
+}
+
+/// The process sleeps longer than its claim while its call is under way, and another one takes the event over.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_slept_longer_than_the_claim_ends_nothing() {
+    let receiver = Receiver::start().await;
+    receiver.script([Reply::status(410).after(Duration::from_millis(500))]);
+    let world = World::new(&receiver, &QUICK.replace("claim = \"1s\"", "claim = \"1s\"\nsweep_after = \"1s\"")).await;
+    let sleeper = world.start();
+    let key = world.publish("acme", 1, |_| {}).await;
+    wait_calls(&receiver, 1).await;
+    let awake = sleeper.stop_for(Duration::from_secs(6));
+    let _other = world.start();
+    world.until(&key, State::Delivered).await;
+    assert!(!awake.load(std::sync::atomic::Ordering::Acquire), "it slept too short for this test");
+    while !awake.load(std::sync::atomic::Ordering::Acquire) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // It learns of its answer only now: gone, and so a dead letter. It is not asked any more.
+    assert!(sleeper.drain().await);
+    let row = world.row(&key).await.unwrap();
+    assert_eq!((row.state, row.claim), (State::Delivered, None));
+    assert_eq!(*world.finals.lock().unwrap(), [(key, State::Delivered)]);
+    assert_eq!(calls(&receiver).len(), 2);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_right_is_never_delivered() {
     let receiver = Receiver::start().await;
@@ -530,6 +630,27 @@ async fn one_tenants_backlog_does_not_delay_another() {
     assert!(done < 150, "{done} calls were made before five of a quiet tenant");
 }
 
+/// More of one tenant than there is room for, on a route that takes none of it up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_whose_route_is_stuck_does_not_fill_the_room_of_another() {
+    let receiver = Receiver::start().await;
+    receiver.default_reply(Reply::status(200));
+    let stuck = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let route = format!(
+        "[[environments.test.routes]]\nname = \"stuck\"\nconcurrency = 1\ntimeout = \"1h\"\nwebhook = \"http://{}/\"\n",
+        stuck.local_addr().unwrap()
+    );
+    let world = World::new(&receiver, &format!("{QUICK}{route}")).await;
+    let process = world.start();
+    let noisy = |n| world.publish("noisy", n, |envelope| envelope.route = "stuck".into());
+    futures_util::future::join_all((0..1_500).map(noisy)).await;
+    process.wait_for(|status| status.waiting >= 768).await;
+    for n in 0..5 {
+        let quiet = world.publish("quiet", n, |_| {}).await;
+        world.until(&quiet, State::Delivered).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_delayed_event_arrives_at_its_time() {
     let receiver = Receiver::start().await;
@@ -559,6 +680,33 @@ async fn a_cancelled_event_is_not_delivered() {
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(calls(&receiver).is_empty());
     world.empty().await;
+}
+
+/// Cancelled while it waited in the outbox: new to the ledger, and known to it from before a crash between the two.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_cancelled_in_the_outbox_is_an_end_in_the_ledger_and_never_delivered() {
+    let receiver = Receiver::start().await;
+    // Soon enough to find what a relay left open.
+    let world = World::new(&receiver, &QUICK.replace("claim = \"1s\"", "claim = \"1s\"\nsweep_after = \"1s\"")).await;
+    let (fresh, known) = (world.publish("acme", 1, |_| {}).await, world.publish("acme", 2, |_| {}).await);
+    let record = world.outbox.find(&known).await.unwrap().unwrap();
+    world.store.admit(vec![record.event]).await.unwrap();
+    for key in [&fresh, &known] {
+        assert_eq!(world.outbox.cancel(key).await.unwrap(), outbox::Cancelled::Done);
+    }
+    let process = world.start();
+    for key in [&fresh, &known] {
+        let row = world.until(key, State::Cancelled).await;
+        assert_eq!((row.attempts, row.history.len()), (0, 0), "{row:#?}");
+    }
+    world.empty().await;
+    let told = world.finals.lock().unwrap().clone();
+    assert!([&fresh, &known].iter().all(|key| told.contains(&((*key).clone(), State::Cancelled))), "{told:?}");
+    // Whatever is published behind them comes, and they do not.
+    let next = world.publish("acme", 3, |_| {}).await;
+    world.until(&next, State::Delivered).await;
+    assert_eq!(numbers(&calls(&receiver)), [3]);
+    process.drain().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -692,6 +840,24 @@ async fn an_execution_is_followed_to_its_end() {
     world.empty().await;
 }
 
+/// A workflow that answers with what it got from somewhere else.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_names_somebody_elses_execution_is_not_believed() {
+    let receiver = Receiver::start().await;
+    let (world, executions) = followed(&receiver, "").await;
+    let _process = world.start();
+    let first = world.publish("acme", 1, |_| {}).await;
+    let seen = wait_calls(&receiver, 1).await;
+    let others = executions.run(&seen[0], "success");
+    world.until(&first, State::Succeeded).await;
+    receiver.default_reply(Reply::status(200).body(&format!(r#"{{"executionId":"{others}"}}"#)));
+    let second = world.publish("globex", 2, |_| {}).await;
+    let seen = wait_calls(&receiver, 2).await;
+    let own = executions.run(&seen[1], "error");
+    let row = world.until(&second, State::Failed).await;
+    assert_eq!(row.n8n_execution_id, Some(own.to_string()));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crashed_execution_is_delivered_again_up_to_its_limit() {
     let receiver = Receiver::start().await;
@@ -705,6 +871,7 @@ async fn a_crashed_execution_is_delivered_again_up_to_its_limit() {
     }
     let row = world.until(&key, State::Dead).await;
     assert_eq!((row.attempts, row.crashes), (3, 2));
+    world.letters(1).await;
     assert!(calls(&receiver).iter().all(|s| s.header("webhook-id") == key.execution_id.to_string()));
 }
 

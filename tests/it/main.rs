@@ -7,6 +7,8 @@ mod broker;
 #[path = "../support/conformance.rs"]
 mod conformance;
 mod delivery;
+mod house;
+mod outbox;
 mod process;
 #[path = "../support/mod.rs"]
 mod support;

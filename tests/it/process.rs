@@ -87,8 +87,10 @@ async fn a_reload_is_applied_or_refused_as_a_whole() {
     let text = std::fs::read_to_string(&appliance.config).unwrap();
     std::fs::write(&appliance.config, text.replace("[bridge]\n", "[bridge]\nbody_bytes_max = \"oops\"\n")).unwrap();
     let (code, _) = appliance.cli(&["reload"]);
-    // The command line reads the same file for the socket's path, and refuses it first.
     assert_eq!(code, 78);
+    // The file is wrong, and the appliance can still be operated.
+    assert_eq!(appliance.cli(&["status"]).0, 0);
+    assert_eq!(appliance.cli(&["executions", "ls"]).0, 0);
     assert_eq!(
         appliance
             .post("/pulsar/publish", json!({"workflow": "w", "tenant_id": "t1", "payload": "x".repeat(2000)}))
@@ -290,4 +292,341 @@ async fn the_service_manager_is_told() {
     until(&["STOPPING=1"]).await;
     let ready = told.find("READY=1").unwrap();
     assert!(!told[..ready].contains("WATCHDOG=1") && told.contains("STATUS=takes events on"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_goes_on_when_who_asked_for_it_leaves() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let gate = Duration::from_secs(3);
+    receiver.script([Reply::status(200).after(gate)]);
+    let appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    // Delivery cannot end before this attempt is over: the reload waits for it.
+    appliance.publish("orders", json!(1)).await;
+    receiver.wait_for(1, SOON).await;
+    let text = std::fs::read_to_string(&appliance.config).unwrap();
+    std::fs::write(&appliance.config, text.replace("max = \"200ms\"", "max = \"300ms\"")).unwrap();
+    for _ in 0..3 {
+        let mut asked = std::os::unix::net::UnixStream::connect(dir.path().join("admin.sock")).unwrap();
+        use std::io::Write;
+        asked.write_all(b"POST /admin/reload HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n").unwrap();
+        appliance.wait_log("delivery ends to start again", SOON).await;
+        drop(asked);
+    }
+    let id = appliance.publish("orders", json!(2)).await;
+    appliance.wait_state(&id, &["delivered"], SOON).await;
+    assert_eq!(receiver.seen().len(), 2, "each event once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_says_what_needs_a_restart_as_long_as_it_does() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let secret = dir.path().join("api-key");
+    std::fs::write(&secret, "one").unwrap();
+    let n8n = format!("[environments.production.n8n]\napi_key_file = {:?}\n", secret.display().to_string());
+    let mut appliance = Appliance::start(dir.path(), &format!("{}{n8n}", to(&receiver))).await;
+    let reload = || {
+        let (code, text) = appliance.cli(&["--json", "reload"]);
+        assert_eq!(code, 0, "{text}");
+        let text = text.split("\ndealscale: ").next().unwrap();
+        serde_json::from_str::<serde_json::Value>(text).unwrap()["needs_restart"].clone()
+    };
+    assert_eq!(reload(), json!([]));
+    let text = std::fs::read_to_string(&appliance.config).unwrap();
+    std::fs::write(&secret, "two").unwrap();
+    let staging = "[environments.staging]\nwebhook = \"/x\"\n";
+    let more = text.replace("[bridge]\n", "[bridge]\nconnections_max = 99\n");
+    std::fs::write(&appliance.config, format!("{more}{staging}")).unwrap();
+    let wanted = json!(["bridge.connections_max", "environments.production.n8n.api_key", "environments.staging"]);
+    assert_eq!(reload(), wanted);
+    // Nothing of it was applied, so it is said again.
+    assert_eq!(reload(), wanted);
+    std::fs::write(&appliance.config, text).unwrap();
+    std::fs::write(&secret, "one").unwrap();
+    assert_eq!(reload(), json!([]));
+    // What the parts refuse, a reload refuses as a whole, whoever asks.
+    let text = std::fs::read_to_string(&appliance.config).unwrap();
+    let bad = text.replace("[bridge]\n", "[bridge]\nbody_bytes_max = \"1KiB\"\n");
+    std::fs::write(
+        &appliance.config,
+        format!("{bad}[environments.production.delivery]\nwebhook_secret = \"hunter2\"\n"),
+    )
+    .unwrap();
+    appliance.signal(nix::sys::signal::Signal::SIGHUP);
+    appliance.wait_log("the old one goes on", SOON).await;
+    assert!(!appliance.log().contains("hunter2"));
+    let large = json!({"workflow": "w", "tenant_id": "t1", "payload": "x".repeat(2000)});
+    assert_eq!(appliance.post("/pulsar/publish", large).await.0, 202);
+    assert!(appliance.stop().await, "{}", appliance.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_takes_publishes_while_deliveries_finish_and_a_second_signal_ends_it() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    receiver.script([Reply::status(200).after(Duration::from_secs(2)), Reply::status(200)]);
+    let mut appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    let first = appliance.publish("orders", json!(1)).await;
+    receiver.wait_for(1, SOON).await;
+    appliance.signal(nix::sys::signal::Signal::SIGTERM);
+    appliance.wait_log("stopping: no new deliveries", SOON).await;
+    let late = appliance.publish("orders", json!(2)).await;
+    assert!(appliance.ended().await, "{}", appliance.log());
+    // The first one was finished, not cut; the late one waited for the next start.
+    assert_eq!(receiver.seen().len(), 1);
+    appliance.launch().await;
+    appliance.wait_state(&late, &["delivered"], SOON).await;
+    let event = appliance.wait_state(&first, &["delivered"], SOON).await;
+    assert_eq!((event["attempts"].as_u64(), receiver.seen().len()), (Some(1), 2), "{event}");
+
+    receiver.script([Reply::status(200).after(Duration::from_secs(600))]);
+    let cut = appliance.publish("orders", json!(3)).await;
+    receiver.wait_for(3, SOON).await;
+    appliance.signal(nix::sys::signal::Signal::SIGTERM);
+    appliance.wait_logs("stopping: no new deliveries", 2, SOON).await;
+    // One that comes within a second is taken for the first one's echo.
+    while appliance.runs() {
+        appliance.signal(nix::sys::signal::Signal::SIGTERM);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(!appliance.ended().await);
+    assert!(appliance.log().contains("a second signal"), "{}", appliance.log());
+    appliance.launch().await;
+    assert_ne!(appliance.get(&format!("/executions/{cut}?tenant=t1")).await.1["state"], "dead");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_descriptors_the_accept_loop_waits_and_goes_on() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let mut appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    assert!(appliance.stop().await);
+    appliance.descriptors = Some(64);
+    appliance.launch().await;
+    assert!(appliance.log().contains("few file descriptors"), "{}", appliance.log());
+    let idle: Vec<_> = (0..100).map(|_| std::net::TcpStream::connect(appliance.bridge).unwrap()).collect();
+    appliance.wait_log("Too many open files", SOON).await;
+    drop(idle);
+    let id = appliance.publish("orders", json!(1)).await;
+    appliance.wait_state(&id, &["delivered"], SOON).await;
+    assert!(appliance.stop().await, "{}", appliance.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_have_help_and_units_and_callers_cannot_make_more_of_them() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    let publish = async |n: usize| {
+        for body in [
+            json!({"workflow": format!("w{n}\"}} 1\nforged"), "tenant_id": format!("t{n}"), "payload": n}),
+            json!({"workflow": format!("w{n}"), "tenant_id": format!("t{n}"), "payload": n, "metadata": {format!("k{n}"): "v"}}),
+            json!({"topic": format!("dealscale.x{n}"), "tenant_id": "t1", "payload": n}),
+            json!({"workflow": format!("w{n}"), "tenant_id": format!("NOT A TENANT {n}"), "payload": n}),
+        ] {
+            appliance.post("/pulsar/publish", body).await;
+        }
+        appliance.get(&format!("/nowhere/{n}")).await;
+        let method = reqwest::Method::from_bytes(format!("M{n}").as_bytes()).unwrap();
+        appliance.request(method, "/pulsar/publish").send().await.unwrap();
+        let (code, _) = appliance.cli(&["outbox", "drain"]);
+        assert_eq!(code, 0);
+    };
+    let series = async || -> std::collections::BTreeSet<String> {
+        let (_, text) = appliance.admin("/metrics").await;
+        let names = text.lines().filter(|l| !l.starts_with('#'));
+        names.map(|l| l.rsplit_once(' ').unwrap().0.to_owned()).collect()
+    };
+    for n in 0..10 {
+        publish(n).await;
+    }
+    let before = series().await;
+    for n in 10..40 {
+        publish(n).await;
+    }
+    let after = series().await;
+    // Names of the appliance's own steps may still come; none that came from a caller.
+    let new: Vec<_> = after.difference(&before).filter(|s| !s.contains("doing=")).collect();
+    assert!(new.is_empty(), "{new:#?}");
+    assert!(!after.iter().any(|s| s.contains("forged") || s.contains("w1") || s.contains("t1")), "{after:#?}");
+
+    let (_, text) = appliance.admin("/metrics").await;
+    for line in text.lines().filter(|l| l.starts_with("# TYPE ")) {
+        let mut words = line.split(' ').skip(2);
+        let (name, kind) = (words.next().unwrap(), words.next().unwrap());
+        assert!(text.contains(&format!("# HELP {name} ")), "{name} has no help");
+        assert!(name.starts_with("dealscale_"), "{name}");
+        assert_eq!(kind == "counter", name.ends_with("_total"), "{name} is a {kind}");
+        assert!(
+            kind != "histogram" || name.ends_with("_seconds") || name.ends_with("_bytes") || name.ends_with("_events"),
+            "{name}"
+        );
+    }
+    for part in
+        ["bridge", "admin", "production/outbox", "production/payloads", "production/broker", "production/delivery"]
+    {
+        assert!(text.contains(&format!("dealscale_part_level{{part=\"{part}\"}} 0")), "{part}: {text}");
+    }
+    assert!(text.contains("dealscale_build_info{version="));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_command_speaks_json_and_takes_a_closed_pipe() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let mut appliance = Appliance::start(dir.path(), &to(&receiver)).await;
+    receiver.script([Reply::status(200), Reply::status(410)]);
+    let payload = dir.path().join("payload.json");
+    std::fs::write(&payload, r#"{"z": 12345678901234567890123.10, "a": 1}"#).unwrap();
+    let from = format!("@{}", payload.display());
+    let publish = ["publish", "--workflow", "w", "--tenant", "t1", "--payload"];
+    let run = |arguments: &[&str]| -> (i32, serde_json::Value) {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_dealscale"))
+            .arg("--json")
+            .arg("--config")
+            .arg(&appliance.config)
+            .args(arguments)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let json = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{arguments:?}: {e}: {text} {output:?}"));
+        (output.status.code().unwrap(), json)
+    };
+    let (code, event) =
+        run(&[&publish[..], &[&from, "--wait", "--idempotency-key", "k", "--metadata", "a=b"]].concat());
+    assert_eq!((code, event["state"].as_str()), (0, Some("delivered")), "{event}");
+    assert_eq!(event["metadata"]["a"], "b", "{event}");
+    assert_eq!(&receiver.wait_for(1, SOON).await[0].body[..], br#"{"z": 12345678901234567890123.10, "a": 1}"#);
+    let id = event["execution_id"].as_str().unwrap().to_owned();
+    let (_, again) = run(&[&publish[..], &[&from, "--idempotency-key", "k", "--metadata", "a=b"]].concat());
+    assert_eq!((&again["duplicate"], &again["execution_id"]), (&json!(true), &event["execution_id"]));
+    // 410 cannot get better: dead at once, and the exit code says so.
+    let (code, dead) = run(&[&publish[..], &["1", "--wait"]].concat());
+    assert_eq!((code, dead["state"].as_str()), (3, Some("dead")), "{dead}");
+    let dead = dead["execution_id"].as_str().unwrap().to_owned();
+    let export = dir.path().join("export").display().to_string();
+    let commands: Vec<(i32, Vec<&str>)> = vec![
+        (0, vec!["status"]),
+        (0, vec!["check"]),
+        (0, vec!["config", "show"]),
+        (0, vec!["reload"]),
+        (0, vec!["executions", "ls", "--tenant", "t1", "--state", "dead"]),
+        (0, vec!["executions", "show", &id, "--tenant", "t1"]),
+        (0, vec!["executions", "wait", &id, "--tenant", "t1"]),
+        (3, vec!["executions", "wait", &dead, "--tenant", "t1"]),
+        (0, vec!["dead-letters", "ls"]),
+        (0, vec!["dead-letters", "show", &dead, "--tenant", "t1"]),
+        (0, vec!["dead-letters", "replay"]),
+        (0, vec!["outbox", "status"]),
+        (0, vec!["outbox", "ls"]),
+        (0, vec!["outbox", "drain"]),
+        (0, vec!["outbox", "export", &export]),
+        (0, vec!["outbox", "import", &export]),
+        (0, vec!["routes", "ls"]),
+        (0, vec!["routes", "explain", "--workflow", "w", "--tenant", "t1"]),
+        (0, vec!["token", "orders"]),
+    ];
+    for (wanted, arguments) in &commands {
+        let (code, value) = run(arguments);
+        assert_eq!(code, *wanted, "{arguments:?}: {value}");
+        // The same for people, into a pipe that nobody reads.
+        let output = std::process::Command::new("bash")
+            .args(["-c", "\"$0\" \"$@\" | true; exit ${PIPESTATUS[0]}", env!("CARGO_BIN_EXE_dealscale"), "--config"])
+            .arg(&appliance.config)
+            .args(arguments.iter().map(|a| if *a == export { "/nonexistent/export" } else { a }))
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!text.contains("panicked") && output.status.code().unwrap() <= 3, "{arguments:?}: {text}");
+    }
+    for arguments in [&["completions", "bash"][..], &["completions", "zsh"], &["completions", "fish"], &["man"]] {
+        let script = "\"$0\" \"$@\" | true; exit ${PIPESTATUS[0]}";
+        let output = std::process::Command::new("bash")
+            .args(["-c", script, env!("CARGO_BIN_EXE_dealscale")])
+            .args(arguments)
+            .output();
+        let output = output.unwrap();
+        assert_eq!((output.status.code(), &*output.stderr), (Some(0), &b""[..]), "{arguments:?}");
+    }
+    let (code, text) = appliance.cli(&["dead-letters", "replay", &dead, "--workflow", "w"]);
+    assert_eq!(code, 2, "{text}");
+
+    // With nobody to talk to.
+    std::fs::remove_dir_all(&export).unwrap();
+    assert!(appliance.stop().await, "{}", appliance.log());
+    for (_, arguments) in &commands {
+        let local = ["check", "config", "routes", "token"].contains(&arguments[0]);
+        let folder = arguments[0] == "outbox" && arguments[1] != "drain";
+        let (code, text) = appliance.cli(arguments);
+        assert_eq!(code, if local || folder { 0 } else { 69 }, "{arguments:?}: {text}");
+    }
+    let elsewhere = dir.path().join("elsewhere");
+    for command in ["status", "ls", "verify"] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_dealscale"))
+            .args(["outbox", command, "--state-dir"])
+            .arg(&elsewhere)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && text.contains("there is no outbox at"), "{text}");
+        assert!(!elsewhere.exists(), "`outbox {command}` made a folder");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_plans_variables_alone_make_a_working_appliance() {
+    let (dir, receiver) = (tempfile::tempdir().unwrap(), Receiver::start().await);
+    let port = free_port();
+    let command = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_dealscale"));
+        command.args(arguments).arg("--state-dir").arg(dir.path()).env("FASTAPI_BRIDGE_PORT", port.to_string());
+        command.env("FASTAPI_BRIDGE_WEBHOOK_URL", receiver.url("/webhook/plan"));
+        // Pulsar's address is there, and the switch says no.
+        command.env("PULSAR_SERVICE_URL", "pulsar://127.0.0.1:1").env("DEALSCALE_PULSAR_QUEUE_ENABLED", "off");
+        command
+    };
+    let log = std::fs::File::create(dir.path().join("log")).unwrap();
+    let mut child = command(&["serve"]).stderr(log).spawn().unwrap();
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let body = json!({"workflow": "w", "tenant_id": "anybody", "payload": {"n": 1}});
+    let mut status = None;
+    for _ in 0..400 {
+        let sent = http.post(format!("http://127.0.0.1:{port}/pulsar/publish")).json(&body).send().await;
+        status = sent.ok().map(|a| a.status().as_u16());
+        if status.is_some() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(status, Some(202));
+    let seen = receiver.wait_for(1, SOON).await;
+    assert_eq!((seen[0].uri.path(), &seen[0].body[..]), ("/webhook/plan", &br#"{"n":1}"#[..]));
+    let output = command(&["--json", "status"]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains(&format!("listens on 127.0.0.1:{port}")) && text.contains("\"kind\": \"local\""), "{text}");
+    let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+    assert!(
+        log.contains("no configuration file: embedded defaults, any tenant, and publishing without a token"),
+        "{log}"
+    );
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(tokio::task::spawn_blocking(move || child.wait().unwrap().success()).await.unwrap());
+}
+
+#[test]
+fn a_configuration_that_only_a_part_can_refuse_is_78_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dealscale.toml");
+    let text = "[[signing.keys]]\nid = \"a\"\nkey = \"hunter2\"\n";
+    std::fs::write(&file, text).unwrap();
+    for arguments in [&["check"][..], &["serve"], &["--json", "check"]] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_dealscale"))
+            .args(arguments)
+            .arg("--config")
+            .arg(&file)
+            .output();
+        let output = output.unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(78), "{text}");
+        assert!(text.contains("signing key \"a\"") && !text.contains("hunter2"), "{text}");
+        if arguments.len() == 2 {
+            let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert_eq!((&json["ok"], json["problems"].as_array().unwrap().len()), (&json!(false), 1), "{json}");
+        }
+    }
 }

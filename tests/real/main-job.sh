@@ -6,7 +6,7 @@
 #
 # By environment:
 #   N8N=none               no n8n: a small echo receiver takes its place (and says so)
-#   N8N_URL, N8N_API_KEY   an n8n that runs already; it must reach the bridge under BRIDGE_URL
+#   N8N_URL, N8N_API_KEY   an n8n that runs already; it must reach the bridge under BRIDGE_URL (default: this one, on loopback)
 #   FASTAPI_BRIDGE_PORT    the bridge, default 8000          DEALSCALE_ADMIN_PORT   health and metrics, default 8081
 #   N8N_PORT               default 5678                      N8N_BROKER_PORT        default N8N_PORT + 1
 #   DEALSCALE_STATE        default .state of the checkout    DEALSCALE_BIN          a binary that is built already
@@ -20,33 +20,52 @@ ONCE=; [ "${1:-}" = --once ] && ONCE=1
 BRIDGE_PORT=${FASTAPI_BRIDGE_PORT:-8000}
 ADMIN_PORT=${DEALSCALE_ADMIN_PORT:-8081}
 export N8N_PORT=${N8N_PORT:-5678}
+is_port() { [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] && [ "$2" -le 65535 ] || die "$1=$2 is no port"; }
+is_port N8N_PORT "$N8N_PORT"
 export N8N_BROKER_PORT=${N8N_BROKER_PORT:-$((N8N_PORT + 1))}
+is_port N8N_BROKER_PORT "$N8N_BROKER_PORT"
+is_port FASTAPI_BRIDGE_PORT "$BRIDGE_PORT"
+is_port DEALSCALE_ADMIN_PORT "$ADMIN_PORT"
 STATE=$(realpath -m "${DEALSCALE_STATE:-.state}")
-# Beside the appliance's own files: n8n's, and those of this script.
-export N8N_STATE=$STATE/n8n
+# Beside the appliance's own files: those of this script.
 RUN=$STATE/run
 BRIDGE_URL=${BRIDGE_URL:-http://127.0.0.1:$BRIDGE_PORT}
 BIN=${DEALSCALE_BIN:-}
 
-if [ "${N8N:-}" = none ]; then MODE=echo
-elif [ -n "${N8N_URL:-}" ]; then MODE=given; [ -n "${N8N_API_KEY:-}" ] || die "N8N_URL is set: N8N_API_KEY must be as well (n8n: Settings > n8n API)"
-else MODE=own; N8N_URL=http://127.0.0.1:$N8N_PORT
-fi
+# n8n's files. What is known of somebody's own n8n does not mix with what is known of the one that is started here.
+export N8N_STATE=$STATE/n8n
+case ${N8N:-} in
+  none) MODE=echo ;;
+  '')
+    if [ -z "${N8N_URL:-}" ]; then MODE=own; N8N_URL=http://127.0.0.1:$N8N_PORT
+    else MODE=given; N8N_STATE=$STATE/n8n-given
+    fi
+    ;;
+  *) die "N8N=$N8N is not known: leave it away for a real n8n, N8N=none for an echo receiver; N8N_URL=http://… uses an n8n that runs already" ;;
+esac
 N8N_URL=${N8N_URL:-}; N8N_URL=${N8N_URL%/}
 
 # ---- stopping ----------------------------------------------------------------------------------------------------------
 
 APPLIANCE=$RUN/dealscale.pid
 ECHO=$RUN/echo.pid
+SELF=$RUN/make-run.pid
 TAIL=
+# Nothing cuts this short: neither a second Ctrl-C, nor a terminal or a `| tee` that is gone already.
 stop_all() {
-  trap - EXIT INT TERM
-  [ -z "$TAIL" ] || kill "$TAIL" 2>/dev/null || true
-  say "stopping"
+  local code=$? file
+  trap '' INT TERM HUP PIPE
+  trap - EXIT
+  set +e
+  [ -z "$TAIL" ] || kill "$TAIL" 2>/dev/null
+  local any=; for file in "$APPLIANCE" "$ECHO" "$N8N_STATE/n8n.pid"; do ! running "$file" || any=1; done
+  [ -z "$any" ] || say "stopping (half a minute at the most)"
   end "$APPLIANCE" TERM 35
   [ "$MODE" != own ] || tests/real/servers/n8n.sh stop
   [ "$MODE" != echo ] || end "$ECHO"
-  say "stopped; the state stays in $STATE"
+  rm -f "$SELF"
+  [ -z "$any" ] || say "stopped; the state stays in $STATE"
+  exit "$code"
 }
 
 # ---- preparing ---------------------------------------------------------------------------------------------------------
@@ -55,13 +74,29 @@ ports() {
   local use=("$BRIDGE_PORT FASTAPI_BRIDGE_PORT bridge" "$ADMIN_PORT DEALSCALE_ADMIN_PORT admin listener")
   [ "$MODE" != own ] || use+=("$N8N_PORT N8N_PORT n8n" "$N8N_BROKER_PORT N8N_BROKER_PORT task broker of n8n")
   [ "$MODE" != echo ] || use+=("$N8N_PORT N8N_PORT echo receiver")
-  local taken='' port variable what
+  local taken='' seen=' ' line port variable what
   for line in "${use[@]}"; do
     read -r port variable what <<<"$line"
+    [[ $seen != *" $port "* ]] || die "the $what needs a port of its own, $port is given twice; choose another one:  make run $variable=PORT"
+    seen+="$port "
     ! port_taken "$port" || taken+="
   127.0.0.1:$port (for the $what) is in use; choose another one:  make run $variable=PORT"
   done
   [ -z "$taken" ] || die "some ports are taken:$taken"
+}
+
+# Somebody's own n8n: what is wrong with its address or its key is said before anything is built.
+reachable() {
+  [ -n "${N8N_API_KEY:-}" ] ||
+    die "N8N_URL is set: N8N_API_KEY must be as well, to import the templates (in n8n: Settings > n8n API > Create an API key)"
+  local status
+  status=$(curl -sS -o /dev/null -w '%{http_code}' --max-time 20 -K - "$N8N_URL/api/v1/workflows?limit=1" <<<"header = \"X-N8N-API-KEY: $N8N_API_KEY\"") ||
+    die "cannot reach the n8n at N8N_URL=$N8N_URL"
+  case $status in
+    200) ;;
+    401 | 403) die "the n8n at $N8N_URL refuses N8N_API_KEY ($status): make one with all scopes under Settings > n8n API" ;;
+    *) die "$N8N_URL does not answer as an n8n does ($status to GET /api/v1/workflows)" ;;
+  esac
 }
 
 build() {
@@ -82,6 +117,8 @@ write_config() {
   [ "$MODE" != own ] || database="database_file = \"$N8N_STATE/home/.n8n/database.sqlite\""
   cat >"$RUN/dealscale.toml" <<TOML
 # Written by \`make run\`, again at each run.
+state_dir = "$STATE"
+
 [bridge]
 listen = "127.0.0.1:$BRIDGE_PORT"
 token_required = false
@@ -144,8 +181,7 @@ start_receiver() {
       ;;
     echo)
       say "N8N=none: a small echo receiver stands in for n8n. It runs no workflow, it only shows that events arrive."
-      setsid python3 tests/real/servers/echo.py "$N8N_PORT" >>"$RUN/echo.log" 2>&1 </dev/null &
-      remember $! "$ECHO"
+      launch "$ECHO" "$RUN/echo.log" python3 tests/real/servers/echo.py "$N8N_PORT"
       wait_http "http://127.0.0.1:$N8N_PORT/" 20 "$ECHO" || die "the echo receiver does not answer; see $RUN/echo.log"
       ;;
     given) say "using the n8n at $N8N_URL" ;;
@@ -170,15 +206,15 @@ start_appliance() {
       printf '[bridge]\ntoken_required = false\n[admin]\nlisten = "127.0.0.1:%s"\n' "$ADMIN_PORT" >"$RUN/dealscale.toml"
       config=(--config "$RUN/dealscale.toml")
     fi
-    FASTAPI_BRIDGE_PORT=$BRIDGE_PORT FASTAPI_BRIDGE_WEBHOOK_URL=http://127.0.0.1:$N8N_PORT/webhook/pulsar-trigger \
-      setsid "$BIN" serve --state-dir "$STATE" ${config[@]+"${config[@]}"} >>"$RUN/dealscale.log" 2>&1 </dev/null &
+    launch "$APPLIANCE" "$RUN/dealscale.log" env FASTAPI_BRIDGE_PORT="$BRIDGE_PORT" \
+      FASTAPI_BRIDGE_WEBHOOK_URL="http://127.0.0.1:$N8N_PORT/webhook/pulsar-trigger" \
+      "$BIN" serve --state-dir "$STATE" ${config[@]+"${config[@]}"}
   else
     write_config
     "$BIN" check --state-dir "$STATE" --config "$RUN/dealscale.toml" >/dev/null ||
       die "the configuration of this run does not pass \`dealscale check\`: $RUN/dealscale.toml"
-    setsid "$BIN" serve --state-dir "$STATE" --config "$RUN/dealscale.toml" >>"$RUN/dealscale.log" 2>&1 </dev/null &
+    launch "$APPLIANCE" "$RUN/dealscale.log" "$BIN" serve --state-dir "$STATE" --config "$RUN/dealscale.toml"
   fi
-  remember $! "$APPLIANCE"
   wait_http "http://127.0.0.1:$ADMIN_PORT/readyz" 60 "$APPLIANCE" ||
     { tail -n 20 "$RUN/dealscale.log" >&2; die "the appliance did not become ready; its log: $RUN/dealscale.log"; }
 }
@@ -189,28 +225,36 @@ field() { python3 -c 'import json, sys; value = json.load(sys.stdin).get(sys.arg
 bridge() { curl -sS --max-time 90 ${AUTH:+-H "$AUTH"} "$@"; }
 
 main_job() {
-  local answer id final state body='{"workflow":"demo","message":"hello from the first event"}'
+  local answer id final state until body='{"workflow":"demo","message":"hello from the first event"}'
   if [ "$MODE" = echo ]; then
     say "publishing one event:  POST $BRIDGE_URL/pulsar/publish"
     answer=$(bridge -H 'content-type: application/json' "$BRIDGE_URL/pulsar/publish" \
       -d '{"workflow":"demo","tenant_id":"default","payload":{"message":"hello from the first event"}}')
   else
     say "n8n publishes one event through the bridge:  POST $N8N_URL/webhook/dealscale-publish"
-    answer=$(curl -sS --max-time 90 -H 'content-type: application/json' "$N8N_URL/webhook/dealscale-publish" -d "$body")
+    answer=$(curl -sS --max-time 90 -H 'content-type: application/json' "$N8N_URL/webhook/dealscale-publish" -d "$body") ||
+      die "n8n did not answer at $N8N_URL/webhook/dealscale-publish"
   fi
   printf '   answer: %s\n' "$answer" >&2
-  id=$(field execution_id <<<"$answer" 2>/dev/null) && [ -n "$id" ] || die "the event was not accepted; see $RUN/dealscale.log"
+  id=$(field execution_id <<<"$answer" 2>/dev/null) && [ -n "$id" ] || die "the event was not accepted; see $RUN/dealscale.log$(
+    [ "$MODE" != given ] || printf ', and in n8n the last execution of "dealscale: publish": it has to reach the bridge under %s.\n%s' "$BRIDGE_URL" \
+      "The bridge listens on the loopback of this host, so that an n8n in a container or on another host needs a way to it: set BRIDGE_URL")"
   say "waiting for its end:  GET /executions/$id/wait"
-  final=$(bridge "http://127.0.0.1:$BRIDGE_PORT/executions/$id/wait?timeout=60s")
+  until=$((SECONDS + 180))
+  while :; do
+    final=$(bridge "http://127.0.0.1:$BRIDGE_PORT/executions/$id/wait?timeout=60s") || die "the bridge did not answer; see $RUN/dealscale.log"
+    state=$(field state <<<"$final")
+    case $state in accepted | relayed | delivering) [ "$SECONDS" -ge "$until" ] || continue ;; esac
+    break
+  done
   python3 -m json.tool <<<"$final" >&2 || printf '%s\n' "$final" >&2
-  state=$(field state <<<"$final")
   if [ "$MODE" = echo ]; then
     grep -F "$id" "$RUN/echo.log" | tail -n 1 >&2 || tail -n 1 "$RUN/echo.log" >&2
     [ "$state" = delivered ] || die "the event ended as '$state', not 'delivered'"
     say "the event arrived at the echo receiver and is '$state' (only a real n8n has executions that can be seen to succeed)"
   else
     say "what n8n says of its last executions:"
-    show_executions
+    show_executions || say "(n8n's list of executions cannot be read)"
     [ "$state" = succeeded ] || die "the event ended as '$state', not 'succeeded'"
     say "n8n -> bridge -> n8n: the execution was followed to its end: $state"
   fi
@@ -266,16 +310,23 @@ TEXT
 
 mkdir -p "$RUN"
 chmod 700 "$STATE" "$RUN"
-if running "$APPLIANCE"; then die "it runs already here (process $(cut -d' ' -f1 "$APPLIANCE")); stop that one first, or use another DEALSCALE_STATE"; fi
-case $MODE in own) tests/real/servers/packages.sh build test n8n ;; *) tests/real/servers/packages.sh build test ;; esac
-# An n8n that a former run left behind is ours: it is stopped, not complained about.
-[ "$MODE" != own ] || tests/real/servers/n8n.sh stop
-end "$ECHO"
-ports
-build
+if running "$SELF"; then
+  die "\`make run\` is at work here already (process $(cut -d' ' -f1 "$SELF")); stop it with Ctrl-C there, or use another DEALSCALE_STATE and other ports"
+fi
+remember $$ "$SELF"
 trap stop_all EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+trap 'exit 129' HUP
+trap 'exit 141' PIPE
+# What a run that was killed has left behind is ours: it is stopped, not complained about.
+end "$APPLIANCE" TERM 35
+N8N_STATE=$STATE/n8n tests/real/servers/n8n.sh stop
+end "$ECHO"
+ports
+case $MODE in own) tests/real/servers/packages.sh build test n8n ;; *) tests/real/servers/packages.sh build test ;; esac
+[ "$MODE" != given ] || reachable
+build
 secret "$RUN/bridge-token"
 secret "$RUN/webhook-secret"
 AUTH=; [ "$MODE" = echo ] || AUTH="Authorization: Bearer $(cat "$RUN/bridge-token")"
@@ -285,7 +336,7 @@ start_appliance
 main_job
 [ -z "$ONCE" ] || exit 0
 what_next
-tail -n 0 -f "$RUN/dealscale.log" & TAIL=$!
+tail -n 0 --pid=$$ -f "$RUN/dealscale.log" & TAIL=$!
 # Ends with the appliance, or with Ctrl-C.
 read -r pid _ <"$APPLIANCE"
 wait "$pid" || die "the appliance ended with code $?; its log: $RUN/dealscale.log"

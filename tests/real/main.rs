@@ -10,9 +10,12 @@ mod conformance;
 mod fuzz;
 mod n8n;
 mod oidc;
+mod otlp;
 mod postgres;
 mod powercut;
 mod pulsar;
+mod pulsar_appliance;
+mod pulsar_fleet;
 #[path = "../support/mod.rs"]
 mod shared;
 mod support;

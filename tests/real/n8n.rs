@@ -8,6 +8,8 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use crate::support::{Answer, Appliance, attempts, eventually, http, variable};
@@ -26,13 +28,18 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::with("")
+    }
+
+    /// The same with more configuration.
+    fn with(more: &str) -> Self {
         static ALONE: Mutex<()> = Mutex::new(());
         // A failed test must not fail the others.
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let state = set_up();
         let n8n = format!("http://127.0.0.1:{}", variable("N8N_PORT"));
         let dir = tempfile::tempdir().unwrap();
-        let appliance = Appliance::start(dir.path(), bridge_port(), &config(&n8n, state));
+        let appliance = Appliance::start(dir.path(), bridge_port(), &(config(&n8n, state) + more));
         let read = |name: &str| std::fs::read_to_string(state.join(name)).unwrap();
         Self {
             appliance,
@@ -84,6 +91,14 @@ pub fn n8n_sh(arguments: &[&str]) {
     );
 }
 
+/// The script of the OAuth2 server; what it prints.
+fn oidc(arguments: &[&str], environment: &[(&str, &str)]) -> String {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/real/servers/oidc.sh");
+    let output = Command::new(script).args(arguments).envs(environment.iter().copied()).output().unwrap();
+    assert!(output.status.success(), "oidc.sh {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
 /// Imports the templates and the workflows of these tests, once. Returns n8n's state folder.
 pub fn set_up() -> &'static PathBuf {
     static STATE: OnceLock<PathBuf> = OnceLock::new();
@@ -91,17 +106,34 @@ pub fn set_up() -> &'static PathBuf {
         let state = PathBuf::from(variable("N8N_STATE"));
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let text = |path: &Path| path.display().to_string();
-        let (token, secret) = (state.join("bridge-token"), state.join("webhook-secret"));
-        std::fs::write(&token, "a-token-that-only-these-tests-know").unwrap();
-        std::fs::write(&secret, SECRET).unwrap();
+        let file = |name: &str, content: &str| {
+            let path = state.join(name);
+            std::fs::write(&path, content).unwrap();
+            text(&path)
+        };
+        let credentials = json!([
+            { "name": "test basic", "type": "httpBasicAuth", "data": { "user": "dealscale", "password": SECRET } },
+            { "name": "test jwt", "type": "jwtAuth",
+              "data": { "keyType": "passphrase", "secret": SECRET, "algorithm": "HS256" } },
+        ]);
         n8n_sh(&[
             "setup",
             "--bridge",
             &format!("http://127.0.0.1:{}", bridge_port()),
             "--bridge-token-file",
-            &text(&token),
+            &file("bridge-token", "a-token-that-only-these-tests-know"),
             "--webhook-secret-file",
-            &text(&secret),
+            &file("webhook-secret", SECRET),
+            "--credentials-file",
+            &file("credentials.json", &credentials.to_string()),
+            "--oauth-token-url",
+            &format!("{}/token", variable("OIDC_ISSUER")),
+            "--oauth-client-id",
+            &variable("OIDC_CLIENT_ID"),
+            "--oauth-client-secret-file",
+            &file("oauth-secret", &variable("OIDC_CLIENT_SECRET")),
+            "--oauth-scope",
+            "publish",
             "--templates",
             &text(&root.join("appliance/n8n/templates")),
             "--templates",
@@ -176,6 +208,18 @@ name = "authenticated"
 when = {{ workflow = "authenticated" }}
 webhook = "/webhook/dealscale-receive-auth"
 webhook_auth = {{ kind = "header", name = "X-Dealscale-Secret", secret = "{SECRET}" }}
+
+[[environments.production.routes]]
+name = "basic"
+when = {{ workflow = "test-basic" }}
+webhook = "/webhook/test-basic"
+webhook_auth = {{ kind = "basic", user = "dealscale", secret = "{SECRET}" }}
+
+[[environments.production.routes]]
+name = "jwt"
+when = {{ workflow = "test-jwt" }}
+webhook = "/webhook/test-jwt"
+webhook_auth = {{ kind = "jwt", secret = "{SECRET}" }}
 
 [[environments.production.routes]]
 name = "errors"
@@ -288,8 +332,120 @@ fn a_forged_call_is_refused_by_n8n_and_the_appliance_s_is_not() {
     }
 }
 
+#[test]
+fn basic_and_jwt_are_what_n8n_s_webhook_node_verifies() {
+    let world = World::new();
+    let basic = |pair: &str| format!("Basic {}", STANDARD.encode(pair));
+    let jwt = |key: &str, age: i64| {
+        let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs() as i64;
+        let claims = json!({ "iss": "dealscale", "iat": now - age, "exp": now - age + 60 });
+        let key = jsonwebtoken::EncodingKey::from_secret(key.as_bytes());
+        format!("Bearer {}", jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap())
+    };
+    // {"alg":"none","typ":"JWT"} . {"iss":"dealscale"} . nothing
+    let unsigned = "Bearer eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.eyJpc3MiOiJkZWFsc2NhbGUifQ.".to_owned();
+    for (kind, forged) in [
+        ("basic", [None, Some(basic("dealscale:a guess")), Some(basic(&format!("another:{SECRET}")))].to_vec()),
+        ("jwt", [None, Some(jwt("a guess", 0)), Some(jwt(SECRET, 3600)), Some(unsigned)].to_vec()),
+    ] {
+        for authorization in forged {
+            let headers: Vec<_> = authorization.iter().map(|value| ("authorization", value.as_str())).collect();
+            let answer = world.webhook(&format!("test-{kind}"), &headers, &json!({ "forged": true }));
+            assert!(matches!(answer.status, 401 | 403), "{kind}: {authorization:?}: {} {}", answer.status, answer.text);
+        }
+        let id = world.appliance.publish(&format!("test-{kind}"), json!({ "forged": false }));
+        let event = world.appliance.wait(&id, MINUTE);
+        assert_eq!(event["state"], "succeeded", "{kind}: {event}");
+        let ran = world.executions(&format!("test: receive ({kind})"), "success");
+        assert_eq!(ran.len(), 1, "{kind}: only the appliance's call ran");
+    }
+}
+
+#[test]
+fn an_oauth2_service_account_publishes_and_its_expired_token_is_renewed() {
+    /// The issuer with tokens that live some seconds; as before when it is dropped.
+    struct ShortLived;
+    impl Drop for ShortLived {
+        fn drop(&mut self) {
+            oidc(&["stop"], &[]);
+            oidc(&["start"], &[]);
+        }
+    }
+    let _short_lived = ShortLived;
+    oidc(&["stop"], &[]);
+    oidc(&["start"], &[("OIDC_TTL", "5")]);
+    let world = World::with(&format!(
+        "[oauth2.real]\nissuer = {:?}\naudience = {:?}\nalgorithms = [\"RS256\"]\ntenants_claim = \"tenants\"\n\
+         rights_claim = \"scope\"\nleeway = \"0s\"\n",
+        variable("OIDC_ISSUER"),
+        variable("OIDC_AUDIENCE")
+    ));
+    let publish = |n: u32| {
+        let answer = world.webhook("dealscale-publish-oauth2", &[], &json!({ "workflow": "demo", "n": n }));
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        let id = answer.json["execution_id"].as_str().expect("the bridge's answer").to_owned();
+        assert_eq!(world.appliance.wait(&id, MINUTE)["state"], "succeeded");
+    };
+    publish(1);
+    // A token that was issued later than n8n's is refused as expired: so is n8n's, and it has to get another one.
+    let witness = format!("Bearer {}", oidc(&["token", "publish"], &[]));
+    let event = json!({ "workflow": "demo", "tenant_id": "default", "payload": {} });
+    eventually("the token expires", MINUTE, || {
+        let url = format!("{}/pulsar/publish", world.appliance.url);
+        (http(&url, &[("authorization", &witness)], Some(&event)).unwrap().status == 401).then_some(())
+    });
+    publish(2);
+}
+
+#[test]
+fn a_set_up_again_keeps_what_was_changed_in_n8n() {
+    let world = World::new();
+    let id = world.workflows["test: failing"].as_str().unwrap();
+    let message = || {
+        let nodes = world.api(&format!("/workflows/{id}"))["nodes"].clone();
+        let node = nodes.as_array().unwrap().iter().find(|n| n["name"] == "Boom").unwrap().clone();
+        node["parameters"]["errorMessage"].as_str().unwrap().to_owned()
+    };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let again = |more: &[&str]| {
+        let folder = root.join("tests/real/n8n").display().to_string();
+        let bridge = format!("http://127.0.0.1:{}", bridge_port());
+        n8n_sh(&[&["setup", "--bridge", &bridge, "--templates", &folder][..], more].concat());
+        // Others need the list of all workflows.
+        let list = Path::new(&variable("N8N_STATE")).join("workflows.json");
+        std::fs::write(list, world.workflows.to_string()).unwrap();
+    };
+    let mut changed: Value =
+        serde_json::from_str(&std::fs::read_to_string(root.join("tests/real/n8n/failing.json")).unwrap()).unwrap();
+    let nodes = changed["nodes"].as_array_mut().unwrap();
+    nodes.iter_mut().find(|n| n["name"] == "Boom").unwrap()["parameters"]["errorMessage"] =
+        json!("the author's own words");
+    let put = Command::new("curl")
+        .args(["-fsS", "-o", "/dev/null", "-X", "PUT", "-H", "content-type: application/json", "-H"])
+        .args([&format!("X-N8N-API-KEY: {}", world.key), "-d", &changed.to_string()])
+        .arg(format!("{}/api/v1/workflows/{id}", world.n8n))
+        .status();
+    assert!(put.unwrap().success());
+
+    again(&[]);
+    assert_eq!(message(), "the author's own words");
+    again(&["--overwrite"]);
+    assert_eq!(message(), "boom on purpose");
+    // What nobody changed is brought up to date without being asked for.
+    again(&[]);
+    assert_eq!(message(), "boom on purpose");
+}
+
 /// Answers each of `statuses` in turn, then the last one for ever. Returns its URL and when it was called.
 fn flaky(statuses: &'static [u16]) -> (String, std::sync::Arc<Mutex<Vec<Instant>>>) {
+    answering(statuses, String::new)
+}
+
+/// The same with a further header line, made at each answer.
+fn answering(
+    statuses: &'static [u16],
+    header: impl Fn() -> String + Send + 'static,
+) -> (String, std::sync::Arc<Mutex<Vec<Instant>>>) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
     let calls = std::sync::Arc::new(Mutex::new(Vec::new()));
@@ -308,7 +464,8 @@ fn flaky(statuses: &'static [u16]) -> (String, std::sync::Arc<Mutex<Vec<Instant>
             let mut calls = seen.lock().unwrap();
             let status = statuses[calls.len().min(statuses.len() - 1)];
             calls.push(Instant::now());
-            let answer = format!("HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{{}}");
+            let answer =
+                format!("HTTP/1.1 {status} X\r\n{}connection: close\r\ncontent-length: 2\r\n\r\n{{}}", header());
             stream.get_mut().write_all(answer.as_bytes()).unwrap();
         }
     });
@@ -349,6 +506,19 @@ fn the_retry_template_ends_in_its_final_failure_branch() {
     let (url, calls) = flaky(&[422]);
     let result = world.webhook("dealscale-retry", &[], &json!({ "url": url })).json;
     assert_eq!((&result["ok"], calls.lock().unwrap().len()), (&json!(false), 1), "{result}");
+    // `Retry-After` as a date, in seconds that are cut off: four seconds ahead, where the schedule alone would wait 0.1 s.
+    let (url, calls) = answering(&[503, 200], || {
+        let then = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(4);
+        format!("retry-after: {}\r\n", then.strftime("%a, %d %b %Y %H:%M:%S GMT"))
+    });
+    let request = json!({ "url": url, "attempts_max": 2, "wait_seconds": 0.1 });
+    let result = world.webhook("dealscale-retry", &[], &request).json;
+    assert!(result["attempts"][0]["wait_seconds"].as_f64().unwrap() > 1.0, "{result}");
+    assert_eq!(calls.lock().unwrap().len(), 2);
+    // Two requests at once would be one that is forgotten.
+    let (url, calls) = flaky(&[200]);
+    let both = world.webhook("test-retry-two", &[], &json!({ "url": url }));
+    assert_eq!((both.status, calls.lock().unwrap().len()), (500, 0), "{}", both.text);
     // As an error it fails the calling execution.
     let (url, _) = flaky(&[503]);
     let request = json!({ "url": url, "attempts_max": 2, "wait_seconds": 0.1, "on_give_up": "error" });

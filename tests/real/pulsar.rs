@@ -103,6 +103,13 @@ async fn rest(config: &Pulsar, method: reqwest::Method, path: &str, body: Option
     (status, serde_json::from_slice(&response.bytes().await.unwrap()).unwrap_or(Value::Null))
 }
 
+/// The same with a token and a whole URL.
+async fn as_role(token: &str, method: reqwest::Method, url: &str, body: Value) -> (u16, String) {
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let response = client.request(method, url).bearer_auth(token).json(&body).send().await.unwrap();
+    (response.status().as_u16(), response.text().await.unwrap())
+}
+
 /// A message as anybody could send it who may publish to the topic.
 async fn send_raw(config: &Pulsar, topic: &str, payload: Vec<u8>) {
     let client = pulsar::Pulsar::builder(config.service_url.clone(), pulsar::TokioExecutor).build().await.unwrap();
@@ -180,12 +187,14 @@ fn the_first_event_of_a_new_tenant_waits_for_the_first_consumer() {
 fn without_leave_to_make_topics_the_outbox_waits_for_topology_apply() {
     run(|world, config, keys| async move {
         let strict = Pulsar { create_topics: false, ..config.clone() };
-        let broker = Broker::connect(&strict, &environment(), keys, topics(&[LONG]), Clock::System).unwrap();
-        let event = world.event(LONG, "acme", None);
+        // A route's own topic, which the topics file does not name.
+        const OWN: &str = "acme.jobs";
+        let broker = Broker::connect(&strict, &environment(), keys, topics(&[OWN]), Clock::System).unwrap();
+        let event = world.event(OWN, "acme", None);
         let results = broker.publish(vec![event.clone()]).await;
         assert!(matches!(&results[0], Err(Error::Topic { .. })), "{results:?}");
         assert!(results[0].as_ref().unwrap_err().to_string().contains("topology apply"));
-        let topology = Topology::open(&config, vec![]).unwrap();
+        let topology = Topology::open(&config, &topics(&[OWN]), vec![]).unwrap();
         let plan = topology.plan().await.unwrap();
         assert!(topology.apply(&plan).await.iter().all(|applied| applied.done));
         publish(&broker, vec![event.clone()]).await;
@@ -197,7 +206,7 @@ fn without_leave_to_make_topics_the_outbox_waits_for_topology_apply() {
 #[test]
 fn topology_applied_twice_changes_nothing_the_second_time() {
     run(|_, config, _| async move {
-        let topology = Topology::open(&config, vec![Tenant::try_new("acme").unwrap()]).unwrap();
+        let topology = Topology::open(&config, &Topics::default(), vec![Tenant::try_new("acme").unwrap()]).unwrap();
         let plan = topology.plan().await.unwrap();
         assert!(!plan.clean());
         let applied = topology.apply(&plan).await;
@@ -218,12 +227,20 @@ fn topology_applied_twice_changes_nothing_the_second_time() {
         assert_eq!(set(format!("{namespace}/subscriptionExpirationTime"), json!(5)).await.0, 204);
         let quota = json!({ "limitSize": 1000, "limitTime": -1, "policy": "consumer_backlog_eviction" });
         assert_eq!(set(format!("{namespace}/backlogQuota?backlogQuotaType=destination_storage"), quota).await.0, 204);
+        let inactive = json!({
+            "inactiveTopicDeleteMode": "delete_when_subscriptions_caught_up",
+            "maxInactiveDurationSeconds": 60, "deleteWhileInactive": true,
+        });
+        assert_eq!(set(format!("{namespace}/inactiveTopicPolicies"), inactive.clone()).await.0, 204);
+        // And keeps less than was asked for.
+        let short = json!({ "retentionTimeInMinutes": 5, "retentionSizeInMB": 20_480 });
+        assert_eq!(set(format!("{namespace}/retention"), short.clone()).await.0, 204);
         let drifted = topology.plan().await.unwrap();
         assert!(!drifted.clean());
-        assert_eq!(drifted.changes.len(), 3, "{drifted:#?}");
+        assert_eq!(drifted.changes.len(), 5, "{drifted:#?}");
         let errors =
             drifted.findings.iter().filter(|f| f.severity == Severity::Error && f.object.starts_with("namespace"));
-        assert_eq!(errors.count(), 3, "{drifted:#?}");
+        assert_eq!(errors.count(), 4, "{drifted:#?}");
         assert!(topology.apply(&drifted).await.iter().all(|applied| applied.done));
         // Pulsar tells a topic of its namespace's policies a moment later.
         let begin = Instant::now();
@@ -232,20 +249,42 @@ fn topology_applied_twice_changes_nothing_the_second_time() {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
 
-        // On one topic it is not ours to remove, but an error.
+        // On one topic it is not ours to remove, but an error; another retention is only shown.
         let topic = format!("/persistent/{}/production/{LONG}", config.tenant);
-        assert_eq!(set(format!("{topic}/messageTTL?messageTTL=60"), Value::Null).await.0, 204);
-        let begin = Instant::now();
-        let plan = loop {
-            let plan = topology.plan().await.unwrap();
-            if !plan.findings.is_empty() {
-                break plan;
+        let quota = json!({ "limitSize": 1000, "limitTime": -1, "policy": "consumer_backlog_eviction" });
+        for (path, body, policy, severity, text) in [
+            ("messageTTL?messageTTL=60", Value::Null, "messageTTL", Severity::Error, "message TTL"),
+            ("backlogQuota", quota, "backlogQuota", Severity::Error, "backlog quota"),
+            (
+                "inactiveTopicPolicies",
+                inactive,
+                "inactiveTopicPolicies",
+                Severity::Error,
+                "deletion of inactive topics",
+            ),
+            ("retention", short, "retention", Severity::Drift, "acknowledged messages"),
+        ] {
+            let (status, answer) = set(format!("{topic}/{path}"), body).await;
+            assert!(status < 300, "{path}: {status} {answer}");
+            let begin = Instant::now();
+            let plan = loop {
+                let plan = topology.plan().await.unwrap();
+                if !plan.findings.is_empty() {
+                    break plan;
+                }
+                assert!(begin.elapsed() < PATIENCE, "the {policy} of a topic is not seen");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            };
+            assert!(plan.changes.is_empty() && plan.findings.len() == 1, "{plan:#?}");
+            assert!(plan.findings[0].severity == severity && plan.findings[0].text.contains(text), "{plan:#?}");
+            assert_eq!(plan.clean(), severity == Severity::Drift);
+            assert_eq!(rest(&config, reqwest::Method::DELETE, &format!("{topic}/{policy}"), None).await.0, 204);
+            let begin = Instant::now();
+            while !topology.plan().await.unwrap().findings.is_empty() {
+                assert!(begin.elapsed() < PATIENCE, "the {policy} of a topic stays");
+                tokio::time::sleep(Duration::from_millis(200)).await;
             }
-            assert!(begin.elapsed() < PATIENCE, "the TTL of a topic is not seen");
-            tokio::time::sleep(Duration::from_millis(500)).await;
-        };
-        assert!(plan.changes.is_empty() && !plan.clean(), "{plan:#?}");
-        assert_eq!(rest(&config, reqwest::Method::DELETE, &format!("{topic}/messageTTL"), None).await.0, 204);
+        }
 
         // A topic of somebody else's is shown and left alone; partitions only grow.
         let other = format!("/persistent/{}/production/mine", config.tenant);
@@ -254,7 +293,8 @@ fn topology_applied_twice_changes_nothing_the_second_time() {
         let file = dir.path().join("topics.toml");
         std::fs::write(&file, format!("[[topics]]\nname = \"{LONG}\"\npartitions = 3\nsubscriptions = [\"mine\"]\n"))
             .unwrap();
-        let more = Topology::open(&Pulsar { topics_file: Some(file), ..config.clone() }, vec![]).unwrap();
+        let with_file = Pulsar { topics_file: Some(file), ..config.clone() };
+        let more = Topology::open(&with_file, &Topics::default(), vec![]).unwrap();
         let plan = more.plan().await.unwrap();
         assert!(plan.findings.iter().any(|f| f.object == "topic mine" && f.severity == Severity::Drift));
         assert_eq!(plan.changes.len(), 2, "{plan:#?}");
@@ -409,6 +449,11 @@ fn a_backlog_larger_than_the_queue_is_held_back_and_flows() {
     });
 }
 
+/// Of the REST API over TLS, which only the strict broker has.
+fn https_port() -> u16 {
+    variable("PULSAR_PORT").parse::<u16>().unwrap() + 30
+}
+
 /// A broker that knows no `anonymous`, beside the shared one.
 struct Strict {
     settings: Vec<(&'static str, String)>,
@@ -417,11 +462,14 @@ struct Strict {
 }
 
 impl Strict {
-    fn start() -> Self {
+    /// `more` are further lines of the broker's configuration.
+    fn start(more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("pulsar");
         let conf = dir.path().join("more.conf");
-        std::fs::write(&conf, "anonymousUserRole=\nsuperUserRoles=admin\n").unwrap();
+        let https = https_port();
+        std::fs::write(&conf, format!("anonymousUserRole=\nsuperUserRoles=admin\nwebServicePortTls={https}\n{more}"))
+            .unwrap();
         let port = |name: &str| (variable(name).parse::<u16>().unwrap() + 20).to_string();
         let mut settings =
             vec![("PULSAR_STATE", state.display().to_string()), ("PULSAR_CONF", conf.display().to_string())];
@@ -486,7 +534,7 @@ async fn refused(config: Pulsar, keys: Arc<KeyRing>) -> String {
 
 #[test]
 fn tokens_oauth2_and_tls_let_us_in_and_nothing_else_does() {
-    let strict = Strict::start();
+    let strict = Strict::start("");
     run(|_, shared, keys| async move {
         let token = |text: String| PulsarAuth::Token(Secret::new(text));
         let admin = strict.script(&["token", "admin"]);
@@ -494,6 +542,7 @@ fn tokens_oauth2_and_tls_let_us_in_and_nothing_else_does() {
         // TLS with a private CA, on the wire and over REST.
         let tls = |config: Pulsar| Pulsar {
             service_url: format!("pulsar+ssl://127.0.0.1:{}", strict.port("PULSAR_TLS_PORT")),
+            http_url: format!("https://127.0.0.1:{}", https_port()),
             ca_file: Some(strict.state.join("ca.pem")),
             ..config
         };
@@ -511,6 +560,28 @@ fn tokens_oauth2_and_tls_let_us_in_and_nothing_else_does() {
         let results = broker.publish(vec![world(guest.clone(), keys.clone()).event(LONG, "acme", None)]).await;
         assert!(results[0].as_ref().unwrap_err().to_string().contains("does not let our role"), "{results:?}");
         close([broker]).await;
+        // With the least that an appliance needs, once an administrator made the rest: to produce and to consume.
+        let admins = strict.config(token(admin.clone()));
+        let topology = Topology::open(&admins, &Topics::default(), vec![]).unwrap();
+        let plan = topology.plan().await.unwrap();
+        assert!(topology.apply(&plan).await.iter().all(|applied| applied.done));
+        let (status, text) = as_role(
+            &admin,
+            reqwest::Method::POST,
+            &format!("{}/admin/v2/namespaces/{}/production/permissions/service", admins.http_url, admins.tenant),
+            json!(["produce", "consume"]),
+        )
+        .await;
+        assert_eq!(status, 204, "{text}");
+        let service =
+            Pulsar { auth: token(strict.script(&["token", "service"])), create_topics: false, ..admins.clone() };
+        round_trip(service.clone(), keys.clone()).await;
+        let broker = Broker::connect(&service, &environment(), keys.clone(), topics(&[LONG]), Clock::System).unwrap();
+        assert!(broker.backlog().await.unwrap().iter().any(|b| b.topic == LONG));
+        close([broker]).await;
+        let denied =
+            Topology::open(&service, &Topics::default(), vec![]).unwrap().plan().await.unwrap_err().to_string();
+        assert!(denied.contains("does not let our role"), "{denied}");
 
         let issuer = Issuer::start(strict.state.join("token.key")).await;
         let oauth2 = |secret: &str| PulsarAuth::OAuth2 {
@@ -741,5 +812,231 @@ fn relaying_confirms_what_has_its_receipt_and_keeps_the_rest() {
         assert_eq!(seen.keys().cloned().collect::<std::collections::BTreeSet<_>>(), receipts);
         close([broker]).await;
         outbox.close().await.unwrap();
+    });
+}
+
+#[test]
+fn a_real_oauth2_server_lets_us_in_for_longer_than_a_token_lives() {
+    let issuer = variable("OIDC_ISSUER");
+    let audience = variable("OIDC_AUDIENCE");
+    let strict = Strict::start(&format!(
+        "superUserRoles=admin,short-lived\nauthenticationRefreshCheckSeconds=1\n\
+         authenticationProviders=org.apache.pulsar.broker.authentication.oidc.AuthenticationProviderOpenID,\
+         org.apache.pulsar.broker.authentication.AuthenticationProviderToken\n\
+         openIDAllowedTokenIssuers={issuer}\nopenIDAllowedAudiences={audience}\nopenIDRequireIssuersUseHttps=false\n"
+    ));
+    run(|_, _, keys| async move {
+        let oauth2 = |secret: String| PulsarAuth::OAuth2 {
+            issuer_url: issuer.clone(),
+            audience: audience.clone(),
+            client_id: "short-lived".into(),
+            client_secret: Secret::new(secret),
+            scope: None,
+        };
+        let right = oauth2(variable("OIDC_CLIENT_SECRET"));
+        let world = world(strict.config(right), keys.clone());
+        let broker = world.broker();
+        // Its tokens live for five seconds, and the broker looks every second.
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(13) {
+            let event = world.event(LONG, "acme", None);
+            publish(&broker, vec![event.clone()]).await;
+            loop {
+                let messages = receive(&broker, 10).await;
+                let came = messages.iter().any(|message| id(message) == event.claims.execution_id);
+                let _ = broker.ack(messages).await;
+                if came {
+                    break;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        println!("three lives of a token: {:?}", broker.status());
+        assert!(broker.status().connected);
+        close([broker]).await;
+        let wrong = refused(strict.config(oauth2("wrong".into())), keys.clone()).await;
+        assert!(wrong.contains("invalid_client") && !wrong.contains("wrong"), "{wrong}");
+    });
+}
+
+#[test]
+fn appliances_with_other_keys_do_not_work_on_one_subscription() {
+    run(|world, config, keys| async move {
+        let old = world.broker();
+        ready(&world, &old).await;
+        let stranger = tempfile::tempdir().unwrap();
+        let newcomer =
+            Broker::connect(&config, &environment(), self::keys(stranger.path()), topics(&[LONG]), Clock::System)
+                .unwrap();
+        let theirs = world.event(LONG, "acme", None);
+        let begin = Instant::now();
+        // Nothing of it is published, which the other one would refuse.
+        while !newcomer.status().last_error.is_some_and(|cause| cause.contains("signing.keys")) {
+            let results = newcomer.publish(vec![theirs.clone()]).await;
+            assert!(results[0].is_err(), "{results:?}");
+            assert!(begin.elapsed() < PATIENCE, "{:?}", newcomer.status());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        // And nothing is taken, which it would refuse itself.
+        for _ in 0..20 {
+            let event = world.event(LONG, "acme", None);
+            publish(&old, vec![event.clone()]).await;
+            let message = tokio::select! {
+                message = receive_one(&old) => message,
+                taken = newcomer.receive(10) => panic!("received {taken:?}"),
+            };
+            old.ack(vec![message]).await.unwrap();
+        }
+        close([old]).await;
+        // Alone it may.
+        publish(&newcomer, vec![theirs.clone()]).await;
+        let begin = Instant::now();
+        loop {
+            let messages = receive(&newcomer, 10).await;
+            let came = messages.iter().any(|m| m.reference.as_ref().is_ok_and(|r| r.claims == theirs.claims));
+            newcomer.ack(messages).await.unwrap();
+            if came {
+                break;
+            }
+            assert!(begin.elapsed() < PATIENCE);
+        }
+        close([newcomer]).await;
+        drop(keys);
+    });
+}
+
+#[test]
+fn partitions_that_are_added_are_consumed_and_one_without_a_subscription_is_seen() {
+    run(|world, config, keys| async move {
+        let broker = world.broker();
+        ready(&world, &broker).await;
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("topics.toml");
+        std::fs::write(&file, format!("[[topics]]\nname = \"{LONG}\"\npartitions = 4\n")).unwrap();
+        let more = Pulsar { topics_file: Some(file), ..config.clone() };
+        let topology = Topology::open(&more, &Topics::default(), vec![]).unwrap();
+        let plan = topology.plan().await.unwrap();
+        assert!(topology.apply(&plan).await.iter().all(|applied| applied.done));
+        assert!(topology.plan().await.unwrap().clean());
+        // The running one, which knows one partition, gets what another appliance spreads over all of them.
+        let other =
+            Broker::connect(&more, &environment(), keys.clone(), topics(&["dealscale.workflow.short"]), Clock::System)
+                .unwrap();
+        let events: Vec<_> = (0..40).map(|n| world.event(LONG, "acme", Some(&format!("key-{n}")))).collect();
+        publish(&other, events.clone()).await;
+        let mut missing: std::collections::BTreeSet<_> = events.iter().map(|e| e.claims.execution_id).collect();
+        while !missing.is_empty() {
+            let messages = receive(&broker, 10).await;
+            missing.retain(|one| !messages.iter().any(|message| id(message) == *one));
+            let _ = broker.ack(messages).await;
+        }
+        close([broker, other]).await;
+
+        // One partition loses its subscription: what goes there would be stored for nobody.
+        let path = |n| format!("/persistent/{}/production/{LONG}-partition-{n}/subscription", config.tenant);
+        let (status, _) = rest(&config, reqwest::Method::DELETE, &format!("{}/dealscale", path(2)), None).await;
+        assert_eq!(status, 204);
+        let plan = topology.plan().await.unwrap();
+        assert_eq!(plan.changes.len(), 1, "{plan:#?}");
+        let strict = Pulsar { create_topics: false, ..more.clone() };
+        let broker = Broker::connect(
+            &strict,
+            &environment(),
+            keys.clone(),
+            topics(&["dealscale.workflow.short"]),
+            Clock::System,
+        )
+        .unwrap();
+        let results = broker.publish(vec![world.event(LONG, "acme", None)]).await;
+        assert!(matches!(&results[0], Err(Error::Topic { .. })), "{results:?}");
+        close([broker]).await;
+        assert!(topology.apply(&plan).await.iter().all(|applied| applied.done));
+        assert!(topology.plan().await.unwrap().clean());
+        let (_, subscriptions) = rest(&config, reqwest::Method::GET, &format!("{}s", path(2)), None).await;
+        assert_eq!(subscriptions, json!(["dealscale"]));
+    });
+}
+
+/// Its process id, while it runs.
+fn pulsar_pid() -> nix::unistd::Pid {
+    let text = std::fs::read_to_string(Path::new(&variable("PULSAR_STATE")).join("pulsar.pid")).unwrap();
+    nix::unistd::Pid::from_raw(text.split_whitespace().next().unwrap().parse().unwrap())
+}
+
+#[test]
+fn a_broker_that_hangs_is_noticed_and_costs_nothing_but_time() {
+    use nix::sys::signal::{Signal, kill};
+    run(|world, config, keys| async move {
+        let quick = Pulsar { operation_timeout: Span::secs(1), ..config };
+        let broker = Broker::connect(&quick, &environment(), keys, topics(&[LONG]), Clock::System).unwrap();
+        ready(&world, &broker).await;
+        let before = broker.status().rebuilt;
+        // Stopped, it keeps every connection and answers nothing.
+        kill(pulsar_pid(), Signal::SIGSTOP).unwrap();
+        let event = world.event(LONG, "acme", None);
+        let results = broker.publish(vec![event.clone()]).await;
+        let begin = Instant::now();
+        while broker.status().connected || broker.status().rebuilt == before {
+            if begin.elapsed() > PATIENCE {
+                kill(pulsar_pid(), Signal::SIGCONT).unwrap();
+                panic!("nobody noticed: {:?}", broker.status());
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        kill(pulsar_pid(), Signal::SIGCONT).unwrap();
+        assert!(matches!(&results[0], Err(Error::Unavailable { .. })), "{results:?}");
+        publish(&broker, vec![event.clone()]).await;
+        let begin = Instant::now();
+        loop {
+            let messages = receive(&broker, 10).await;
+            let came = messages.iter().any(|message| id(message) == event.claims.execution_id);
+            let _ = broker.ack(messages).await;
+            if came {
+                break;
+            }
+            assert!(begin.elapsed() < PATIENCE, "{:?}", broker.status());
+        }
+        until_empty(&broker).await;
+        close([broker]).await;
+    });
+}
+
+#[test]
+fn a_consumer_that_goes_silent_is_built_again() {
+    run(|world, config, _| async move {
+        let broker = world.broker();
+        ready(&world, &broker).await;
+        until_empty(&broker).await;
+        // The broker hands out nothing, and everything else of it works: connection, statistics, permits.
+        let rate = format!("/namespaces/{}/production/subscriptionDispatchRate", config.tenant);
+        let none =
+            json!({ "dispatchThrottlingRateInMsg": 1, "dispatchThrottlingRateInByte": 1, "ratePeriodInSecond": 3600 });
+        assert_eq!(rest(&config, reqwest::Method::POST, &rate, Some(none)).await.0, 204);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let events: Vec<_> = (0..20).map(|_| world.event(LONG, "acme", None)).collect();
+        let mut missing: std::collections::BTreeSet<_> = events.iter().map(|e| e.claims.execution_id).collect();
+        let begin = Instant::now();
+        for event in events {
+            publish(&broker, vec![event]).await;
+        }
+        let said = |cause: &str| cause.contains("nothing came although");
+        while !broker.status().last_error.is_some_and(|cause| said(&cause)) {
+            if let Ok(messages) = tokio::time::timeout(Duration::from_millis(500), broker.receive(100)).await {
+                missing.retain(|one| !messages.iter().any(|message| id(message) == *one));
+                let _ = broker.ack(messages).await;
+            }
+            assert!(!missing.is_empty(), "the rate held nothing back");
+            assert!(begin.elapsed() < 3 * PATIENCE, "{:?}", broker.status());
+        }
+        assert_eq!(rest(&config, reqwest::Method::DELETE, &rate, None).await.0, 204);
+        let begin = Instant::now();
+        while !missing.is_empty() {
+            assert!(begin.elapsed() < 3 * PATIENCE, "{} are missing: {:?}", missing.len(), broker.status());
+            if let Ok(messages) = tokio::time::timeout(Duration::from_secs(1), broker.receive(100)).await {
+                missing.retain(|one| !messages.iter().any(|message| id(message) == *one));
+                let _ = broker.ack(messages).await;
+            }
+        }
+        close([broker]).await;
     });
 }

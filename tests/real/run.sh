@@ -2,7 +2,7 @@
 # `make test-real`: installs and starts the real servers, runs the tests of tests/real against them, stops the servers.
 #
 #   DEALSCALE_TEST_ARGS     further arguments of the test program (--ignored: the long run of module `way`)
-#   run.sh [NAME...]       only the modules of these names (n8n, postgres, pulsar, oidc, …), with the servers they need
+#   run.sh [NAME...]       only the modules (or module::test) of these names (n8n, postgres, pulsar, oidc, …), with the servers they need
 #
 # A server is `servers/NAME.sh install|start|stop`; where it has settings to tell, `servers/NAME.sh env` prints lines
 # `VARIABLE=value` for the tests. State is in a temporary folder (DEALSCALE_TEST_STATE keeps it), ports are the ones below.
@@ -13,10 +13,17 @@ export PATH="$HOME/.cargo/bin:$PATH"
 
 WANTED=("$@")
 SERVERS=()
-for server in postgres pulsar oidc n8n; do
+for server in postgres pulsar oidc otlp n8n; do
   [ -x "tests/real/servers/$server.sh" ] || continue
-  # Where only some modules are asked for, a server that none of them is named after stays off.
-  if [ ${#WANTED[@]} -eq 0 ] || printf '%s\n' "${WANTED[@]}" | grep -qx -e "$server" -e way; then SERVERS+=("$server"); fi
+  # Where only some modules are asked for, a server that none of them is named after stays off. Pulsar's modules log in by
+  # OAuth2 and share a PostgreSQL; n8n publishes as an OAuth2 service account as well.
+  case $server in
+    oidc) users=(-e oidc -e way -e pulsar -e n8n) ;;
+    postgres) users=(-e postgres -e way -e pulsar) ;;
+    *) users=(-e "$server" -e way) ;;
+  esac
+  if [ ${#WANTED[@]} -eq 0 ] || printf '%s
+' "${WANTED[@]%%[:_]*}" | grep -qx "${users[@]}"; then SERVERS+=("$server"); fi
 done
 
 if [ -n "${DEALSCALE_TEST_STATE:-}" ]; then STATE=$(realpath -m "$DEALSCALE_TEST_STATE"); KEEP=1
@@ -43,7 +50,7 @@ trap 'exit 143' TERM
 say "packages"
 tests/real/servers/packages.sh build test
 for server in ${SERVERS[@]+"${SERVERS[@]}"}; do
-  case $server in n8n | postgres | pulsar) tests/real/servers/packages.sh "$server" ;; oidc) tests/real/servers/packages.sh n8n ;; esac
+  case $server in n8n | postgres | pulsar | otlp) tests/real/servers/packages.sh "$server" ;; oidc) tests/real/servers/packages.sh n8n ;; esac
   "tests/real/servers/$server.sh" install
 done
 say "building"

@@ -133,7 +133,8 @@ fn a_thousand_events_survive_the_death_of_everything() {
         let mut count = 0;
         let mut cursor: Option<String> = None;
         loop {
-            let mut path = reqwest::Url::parse(&format!("{url}/executions?tenant=default&state=succeeded&limit=500")).unwrap();
+            let mut path =
+                reqwest::Url::parse(&format!("{url}/executions?tenant=default&state=succeeded&limit=500")).unwrap();
             if let Some(cursor) = &cursor {
                 path.query_pairs_mut().append_pair("cursor", cursor);
             }

@@ -18,6 +18,8 @@ pub struct Appliance {
     child: Option<Child>,
     http: reqwest::Client,
     token: Option<String>,
+    /// `ulimit -n` of the process, and variables of its environment.
+    pub descriptors: Option<u32>,
 }
 
 /// A port that was free a moment ago.
@@ -50,6 +52,7 @@ impl Appliance {
             child: None,
             http: reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(120)).build().expect("a client"),
             token: None,
+            descriptors: None,
         };
         appliance.launch().await;
         appliance
@@ -65,7 +68,16 @@ impl Appliance {
     pub async fn launch(&mut self) {
         assert!(self.child.is_none(), "it runs already");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.dir.join("log")).expect("a log file");
-        let child = Command::new(env!("CARGO_BIN_EXE_dealscale"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dealscale"));
+        if let Some(descriptors) = self.descriptors {
+            command = Command::new("bash");
+            command.args([
+                "-c",
+                &format!("ulimit -n {descriptors}; exec \"$0\" \"$@\""),
+                env!("CARGO_BIN_EXE_dealscale"),
+            ]);
+        }
+        let child = command
             .args(["serve", "--config"])
             .arg(&self.config)
             .envs(self.environment.iter().cloned())
@@ -97,6 +109,25 @@ impl Appliance {
         std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
     }
 
+    /// Waits until the log contains `text`.
+    pub async fn wait_log(&self, text: &str, limit: Duration) {
+        self.wait_logs(text, 1, limit).await;
+    }
+
+    /// Waits until the log contains `text` as often as this.
+    pub async fn wait_logs(&self, text: &str, count: usize, limit: Duration) {
+        let end = Instant::now() + limit;
+        while self.log().matches(text).count() < count {
+            assert!(Instant::now() < end, "{text:?} is not {count} times in the log:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Whether the process has not ended yet.
+    pub fn runs(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
     /// kill -9.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
@@ -105,11 +136,19 @@ impl Appliance {
         }
     }
 
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid() as i32), signal).expect("our child");
+    }
+
     /// SIGTERM, and waits for the end. Answers whether it ended with 0.
     pub async fn stop(&mut self) -> bool {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+        self.ended().await
+    }
+
+    /// Waits for the end. Answers whether it ended with 0.
+    pub async fn ended(&mut self) -> bool {
         let mut child = self.child.take().expect("it runs");
-        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("our child");
         let end = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(status) = child.try_wait().expect("our child") {

@@ -50,7 +50,7 @@ impl World<'_> {
 }
 
 pub fn topics(templates: &[&str]) -> Topics {
-    Topics { templates: templates.iter().map(|t| (*t).to_owned()).collect() }
+    Topics { templates: templates.iter().map(|t| (*t).to_owned()).collect(), ..Topics::default() }
 }
 
 /// Publishes until everything has its receipt. What has none yet is sent again, as the relay does.

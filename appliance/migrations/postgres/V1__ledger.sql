@@ -4,10 +4,11 @@
 
 -- The moving part of the ledger. The columns mean what they mean in ../sqlite/V1__ledger.sql.
 -- fillfactor leaves room for claim and begin as heap-only updates: they touch no indexed column.
+-- The collation of tenant lets a pattern (LIKE 'acme-%') use its index, whatever the database's own is.
 CREATE TABLE events (
   seq BIGINT GENERATED ALWAYS AS IDENTITY,
   id UUID NOT NULL,
-  tenant TEXT NOT NULL,
+  tenant TEXT COLLATE "C" NOT NULL,
   body_hash BYTEA NOT NULL,
   body_bytes BIGINT NOT NULL,
   workflow TEXT,
@@ -63,6 +64,7 @@ CREATE TABLE rejected (
 );
 CREATE INDEX rejected_time ON rejected (at);
 
--- One row: the oldest release line (migration number) that can still work with this database.
-CREATE TABLE format (oldest_reader INTEGER NOT NULL);
-INSERT INTO format VALUES (1);
+-- One row: the oldest release line (migration number) that can still work with this database, and the environment that
+-- it belongs to (the first one that used it).
+CREATE TABLE format (oldest_reader INTEGER NOT NULL, environment TEXT);
+INSERT INTO format VALUES (1, NULL);

@@ -67,6 +67,7 @@ CREATE TABLE rejected (
 
 CREATE INDEX rejected_time ON rejected (at);
 
--- One row: the oldest release line (migration number) that can still work with this database.
-CREATE TABLE format (oldest_reader INTEGER NOT NULL) STRICT;
-INSERT INTO format VALUES (1);
+-- One row: the oldest release line (migration number) that can still work with this database, and the environment that
+-- it belongs to (the first one that used it).
+CREATE TABLE format (oldest_reader INTEGER NOT NULL, environment TEXT) STRICT;
+INSERT INTO format VALUES (1, NULL);

@@ -7,7 +7,7 @@
 //! what a broker hands to one consumer (`unacknowledged_max` of the topics file, 50,000 by default), and the bound on what is
 //! held here is `receive_queue` plus that.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -149,6 +149,7 @@ pub struct Task {
     pub full_name: String,
     pub subscription: String,
     pub consumer_name: String,
+    pub metadata: BTreeMap<String, String>,
     pub queue: usize,
     pub shutdown: CancellationToken,
 }
@@ -159,6 +160,8 @@ pub struct Names {
     pub full_name: String,
     pub subscription: String,
     pub consumer_name: String,
+    /// For the other appliances, see [`super::fleet`].
+    pub metadata: BTreeMap<String, String>,
 }
 
 impl Task {
@@ -181,6 +184,7 @@ impl Task {
             full_name: names.full_name,
             subscription: names.subscription,
             consumer_name: names.consumer_name,
+            metadata: names.metadata,
             queue,
             shutdown,
         }
@@ -236,6 +240,7 @@ impl Task {
             .with_options(
                 ConsumerOptions::default()
                     .with_receiver_queue_size(CHANNEL)
+                    .with_metadata(self.metadata.clone())
                     .with_initial_position(InitialPosition::Earliest),
             )
             .build();

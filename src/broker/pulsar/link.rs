@@ -148,7 +148,11 @@ impl Link {
     }
 
     pub fn failed(&self, error: &Error) {
-        self.lock().last_error = Some(error.to_string());
+        self.note(&error.to_string());
+    }
+
+    pub fn note(&self, cause: &str) {
+        self.lock().last_error = Some(cause.to_owned());
     }
 
     pub fn status(&self) -> Status {

@@ -1,6 +1,7 @@
 //! Apache Pulsar as the broker: what a fleet of appliances shares.
 //!
-//! [`link`] is the connection, [`produce`] sends, [`consume`] receives, [`held`] is the pure state of what was received.
+//! [`link`] is the connection, [`produce`] sends, [`consume`] receives, [`held`] is the pure state of what was received,
+//! [`fleet`] compares signing keys with the other appliances.
 //! The crate `pulsar` is not trusted to recover alone: every operation has a deadline, and what misses it is dropped and built
 //! again with backoff (`docs/topology.md` lists the crate's and the broker's traps and our answers).
 //!
@@ -9,6 +10,7 @@
 //! partition ([`consume`]).
 
 mod consume;
+mod fleet;
 mod held;
 mod link;
 mod produce;
@@ -28,6 +30,7 @@ use tokio::sync::{Notify, mpsc};
 
 pub use consume::Lease;
 use consume::{Names, Partition, Task};
+use fleet::{Fleet, Keys};
 use held::Settled;
 use link::Link;
 use produce::{Kind, Outlet, Sent};
@@ -47,6 +50,8 @@ use crate::supervise::{Failures, Supervisor};
 const DISCOVER: Duration = Duration::from_secs(2);
 /// How often subscriptions that were seen are looked at again.
 const RECHECK: Duration = Duration::from_secs(30);
+/// Topics whose consumers are asked for their keys: an appliance consumes all of them, so one would do.
+const ASKED: usize = 3;
 /// An item by its place, and what became of it.
 type Outcome = (usize, Result<Receipt, Error>);
 
@@ -70,6 +75,7 @@ struct Shared {
     topology: Topology,
     /// Topics whose subscriptions were seen, and when.
     seen: Mutex<HashMap<Topic, Instant>>,
+    fleet: Fleet,
     /// One makes topics at a time; the others find them made.
     making: tokio::sync::Mutex<()>,
     outlets: Mutex<HashMap<Topic, Arc<Outlet>>>,
@@ -93,7 +99,7 @@ impl Pulsar {
         let fail = |cause: String| Error::Unavailable { doing: "open the broker", cause: cause.into() };
         let auth = Auth::new(&config.auth, config.ca_file.as_deref(), config.operation_timeout.0).map_err(fail)?;
         let admin = Admin::new(config, auth.clone()).map_err(fail)?;
-        let topology = Topology::with(config, admin.clone(), Vec::new()).map_err(fail)?;
+        let topology = Topology::with(config, admin.clone(), &topics, Vec::new()).map_err(fail)?;
         let link = Arc::new(Link::new(config, auth, admin.clone(), clock.clone()).map_err(fail)?);
         let shared = Arc::new(Shared {
             config: config.clone(),
@@ -105,6 +111,7 @@ impl Pulsar {
             admin,
             topology,
             seen: Mutex::default(),
+            fleet: Fleet::default(),
             making: tokio::sync::Mutex::default(),
             outlets: Mutex::default(),
             partitions: ArcSwap::default(),
@@ -159,6 +166,11 @@ impl Pulsar {
         };
         let ((), all) = tokio::join!(results, collecting);
         all.into_iter().map(|result| result.unwrap_or_else(|| Err(lost()))).collect()
+    }
+
+    /// The reference as it travels.
+    pub(super) fn sign(&self, claims: &super::Claims) -> Vec<u8> {
+        self.shared.keys.sign(claims).into_bytes()
     }
 
     pub(super) async fn dead_letter(
@@ -285,7 +297,7 @@ impl Pulsar {
             sum.retained += entries.saturating_sub(backlog);
         }
         let mut templates: BTreeMap<&str, (u64, u64)> =
-            shared.topics.templates.iter().map(|template| (template.as_str(), (0, 0))).collect();
+            shared.topics.all().map(|template| (template, (0, 0))).collect();
         for figure in topics.values() {
             let Ok(topic) = Topic::try_new(&figure.topic) else { continue };
             for (template, sum) in &mut templates {
@@ -460,8 +472,56 @@ impl Shared {
         }
     }
 
+    /// Compares our keys with those of the appliances that are on the subscription. What may not be asked is no obstacle.
+    async fn compare(&self) -> Result<(), admin::Error> {
+        let asked = async {
+            let names = self.admin.topics().await?;
+            let ours = names
+                .iter()
+                .filter(|name| Topic::try_new(base(name)).is_ok_and(|topic| self.topics.tenant_of(&topic).is_some()));
+            let mut consumers = Vec::new();
+            for name in ours.take(ASKED) {
+                let mut stats = self.admin.stats(name).await?.unwrap_or_default();
+                consumers.extend(stats.subscriptions.remove(&self.config.subscription).unwrap_or_default().consumers);
+            }
+            Ok(fleet::compare(&self.keys, &self.consumer_name, &consumers))
+        };
+        let keys = match asked.await {
+            Ok(keys) => keys,
+            Err(error @ (admin::Error::Forbidden { .. } | admin::Error::Refused { .. })) if !error.is_unreachable() => {
+                tracing::debug!(%error, "cannot compare signing keys with other appliances");
+                Keys::Agree
+            }
+            Err(error) => return Err(error),
+        };
+        if let Keys::Differ(cause) = &keys {
+            self.link.note(cause);
+        }
+        if self.fleet.set(keys.clone()) {
+            match &keys {
+                Keys::Differ(cause) => events::KeysDiffer { cause }.emit(),
+                // What was held back may go.
+                _ => self.ready.notify_one(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing is published while another appliance would refuse it.
+    async fn agreed(&self) -> Result<(), Error> {
+        let unavailable = |cause: Arc<str>| Error::Unavailable { doing: "publish", cause };
+        if self.fleet.keys() == Keys::Unknown {
+            self.compare().await.map_err(|error| unavailable(error.to_string().into()))?;
+        }
+        match self.fleet.keys() {
+            Keys::Differ(cause) => Err(unavailable(cause)),
+            Keys::Unknown | Keys::Agree => Ok(()),
+        }
+    }
+
     /// Sees that the topic and its subscriptions exist; makes them where that is allowed.
     async fn ensure(&self, topic: &Topic) -> Result<(), Error> {
+        self.agreed().await?;
         if self.was_seen(topic) {
             return Ok(());
         }
@@ -523,7 +583,7 @@ impl Shared {
     fn take(&self, max: usize) -> Vec<Received> {
         let partitions = self.partitions.load();
         let count = partitions.len();
-        if count == 0 {
+        if count == 0 || matches!(self.fleet.keys(), Keys::Differ(_)) {
             return Vec::new();
         }
         let now = Instant::now();
@@ -627,8 +687,13 @@ impl Discovery {
                 if shared.link.status().connected && !made {
                     made = self.make().await;
                 }
+                if matches!(shared.fleet.keys(), Keys::Differ(_)) {
+                    // Until they agree, at every turn.
+                    let _ = shared.compare().await;
+                }
                 if rechecked.elapsed() > RECHECK {
                     rechecked = Instant::now();
+                    let _ = shared.compare().await;
                     made &= self.all_literal_seen();
                     shared.recheck().await;
                 }
@@ -681,6 +746,13 @@ impl Discovery {
                 return Err("no answer within the operation timeout".into());
             }
         };
+        if self.shared.fleet.keys() == Keys::Unknown {
+            self.shared.compare().await.map_err(|error| Arc::from(error.to_string()))?;
+        }
+        if matches!(self.shared.fleet.keys(), Keys::Differ(_)) {
+            // A consumer would be handed work that it may not do.
+            return Ok(());
+        }
         let prefix = format!("persistent://{namespace}/");
         for name in names {
             let Some(name) = name.strip_prefix(&prefix) else { continue };
@@ -704,6 +776,7 @@ impl Discovery {
             topic,
             subscription: shared.config.subscription.clone(),
             consumer_name: shared.consumer_name.clone(),
+            metadata: fleet::metadata(&shared.keys),
         };
         let queue = usize::try_from(shared.config.receive_queue).unwrap_or(usize::MAX);
         let task = Task::new(names, queue, shared.link.clone(), shared.ready.clone(), self.supervisor.shutdown());

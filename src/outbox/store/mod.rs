@@ -88,6 +88,9 @@ pub enum Failure {
     /// Proven damage of the files: the folder may be set aside and salvaged.
     #[error("the files are damaged: {0}")]
     Corrupt(Arc<str>),
+    /// A sync failed. The kernel may hold pages for clean that the disk never got, so that reading them back proves nothing; [`write_again`].
+    #[error("the disk did not take it: {0}")]
+    Sync(Arc<str>),
     /// Anything else: nothing is set aside.
     #[error("{0}")]
     Io(Arc<str>),
@@ -110,6 +113,49 @@ pub trait Kv: Send {
     fn scan(&self, tree: Tree, after: Option<&[u8]>, limit: usize) -> Result<Vec<Entry>, Failure>;
     /// The longest value that the store keeps safe.
     fn value_max(&self) -> usize;
+}
+
+const FILES: [(OutboxStore, &str, &str); 2] =
+    [(OutboxStore::Sled, "sled", self::sled::FILE), (OutboxStore::Sqlite, "sqlite", self::sqlite::FILE)];
+
+/// A folder that holds the other kind of store is not opened: its records would wait there for ever.
+pub fn check_kind(kind: OutboxStore, dir: &Path) -> Result<(), Failure> {
+    for (_, name, file) in FILES.into_iter().filter(|(other, ..)| *other != kind) {
+        if dir.join(file).exists() {
+            let ours = FILES.iter().find(|(k, ..)| *k == kind).map_or("", |(_, name, _)| name);
+            let text = format!(
+                "{} is a store of outbox.store = \"{name}\", and the configuration says \"{ours}\": set it back; to change \
+                 it, `dealscale outbox export` with the old setting, move the folder away, and `import` with the new one",
+                dir.join(file).display()
+            );
+            return Err(Failure::Io(text.into()));
+        }
+    }
+    Ok(())
+}
+
+/// Writes every file once more with what it shows: its pages are dirty again, and the sync that follows tells the truth. The owner
+/// does this, with the store closed, after a sync that failed.
+pub fn write_again(dir: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    for name in [self::sled::FILE, self::sqlite::FILE, "outbox.sqlite-wal"] {
+        let file = match std::fs::File::options().read(true).write(true).open(dir.join(name)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        let (mut buffer, mut at) = (vec![0; 1 << 20], 0);
+        loop {
+            let read = file.read_at(&mut buffer, at)?;
+            if read == 0 {
+                break;
+            }
+            file.write_all_at(&buffer[..read], at)?;
+            at += read as u64;
+        }
+        file.sync_all()?;
+    }
+    sync_dir(dir)
 }
 
 /// Opens (or makes) the store in `dir`.

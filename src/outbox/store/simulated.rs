@@ -14,6 +14,8 @@ struct Inner {
     entries: BTreeMap<(Tree, Vec<u8>), Vec<u8>>,
     /// What the next commits do.
     plan: Vec<Fault>,
+    /// Reads find damage.
+    damaged: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,9 +31,26 @@ impl Disk {
     pub fn fail_next(&self, fault: Fault) {
         self.0.lock().unwrap().plan.push(fault);
     }
+    /// From now on every read of a pack finds damage.
+    pub fn damage(&self) {
+        self.0.lock().unwrap().damaged = true;
+    }
     /// No more faults.
     pub fn heal(&self) {
-        self.0.lock().unwrap().plan.clear();
+        let mut inner = self.0.lock().unwrap();
+        inner.plan.clear();
+        inner.damaged = false;
+    }
+    /// Changes one byte of a value.
+    pub fn flip(&self, tree: Tree, at: usize) {
+        let mut inner = self.0.lock().unwrap();
+        let (_, value) = inner.entries.iter_mut().find(|((t, _), _)| *t == tree).unwrap();
+        value[at] ^= 1;
+    }
+    /// What a crash at this moment leaves.
+    pub fn copy(&self) -> Self {
+        let entries = self.0.lock().unwrap().entries.clone();
+        Self(Arc::new(Mutex::new(Inner { entries, ..Inner::default() })))
     }
     pub fn open(&self) -> Box<dyn Kv> {
         Box::new(self.clone())
@@ -56,7 +75,11 @@ impl Kv for Disk {
         }
     }
     fn get(&self, tree: Tree, key: &[u8]) -> Result<Option<Vec<u8>>, Failure> {
-        Ok(self.0.lock().unwrap().entries.get(&(tree, key.to_vec())).cloned())
+        let inner = self.0.lock().unwrap();
+        match inner.damaged && tree == Tree::Packs {
+            true => Err(Failure::Corrupt("simulated".into())),
+            false => Ok(inner.entries.get(&(tree, key.to_vec())).cloned()),
+        }
     }
     fn scan(&self, tree: Tree, after: Option<&[u8]>, limit: usize) -> Result<Vec<Entry>, Failure> {
         let inner = self.0.lock().unwrap();

@@ -18,6 +18,7 @@ const CACHE: u64 = 24 << 20;
 /// Copying this much costs about a tenth of a second.
 const COPY_MAX: u64 = 256 << 20;
 const COPY: &str = "db.before-open";
+pub const FILE: &str = "db";
 
 pub struct Sled {
     db: sled::Db,
@@ -27,9 +28,9 @@ pub struct Sled {
 
 impl Sled {
     pub fn open(dir: &Path) -> Result<Self, Failure> {
-        let fresh = !dir.join("db").exists();
+        let fresh = !dir.join(FILE).exists();
         if !fresh {
-            probe(&dir.join("db"))?;
+            probe(&dir.join(FILE))?;
             keep_copy(dir)?;
         }
         let config = sled::Config::new()
@@ -39,8 +40,14 @@ impl Sled {
             // `None` would turn sled's garbage collection off. What counts for durability is our own sync.
             .flush_every_ms(Some(500))
             .mode(sled::Mode::LowSpace);
+        forget_caches(dir, |name| name.starts_with("snap.") && name.ends_with(".generating")).map_err(Failure::io)?;
         // On damaged files sled panics as often as it returns an error.
-        let opened = catch_unwind(AssertUnwindSafe(|| config.open()));
+        let mut opened = catch_unwind(AssertUnwindSafe(|| config.open()));
+        if let Ok(Err(sled::Error::Corruption { at: None, .. })) = opened {
+            // Damage at no place of the log is damage of what sled keeps beside it and makes again from the log and from our settings.
+            forget_caches(dir, |name| name.starts_with("snap.") || name == "conf").map_err(Failure::io)?;
+            opened = catch_unwind(AssertUnwindSafe(|| config.open()));
+        }
         let db = match opened {
             Ok(Ok(db)) => db,
             Ok(Err(sled::Error::Corruption { at, .. })) => {
@@ -52,13 +59,15 @@ impl Sled {
             Ok(Err(error)) => return Err(Failure::io(error)),
             // The file can be read (or this is an I/O error): what sled stumbled over is its content.
             Err(_) => {
-                return Err(match std::fs::read(dir.join("db")) {
+                let readable =
+                    File::open(dir.join(FILE)).and_then(|mut db| std::io::copy(&mut db, &mut std::io::sink()));
+                return Err(match readable {
                     Ok(_) => Failure::Corrupt("sled panicked on its content".into()),
                     Err(error) => Failure::io(error),
                 });
             }
         };
-        let file = File::open(dir.join("db")).map_err(Failure::io)?;
+        let file = File::open(dir.join(FILE)).map_err(Failure::io)?;
         if fresh {
             guarded(|| db.flush())?;
             file.sync_all().map_err(Failure::io)?;
@@ -66,6 +75,21 @@ impl Sled {
         }
         Ok(Self { db, file, blobs: dir.join("blobs") })
     }
+}
+
+/// Removes files of sled that its log makes superfluous. sled itself takes a snapshot that was being written when the process died, or the
+/// disk was full, for a damaged one (its filter knows another name), and would not open.
+fn forget_caches(dir: &Path, which: impl Fn(&str) -> bool) -> std::io::Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(&which) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Checks the header of every segment, before sled does: where one is damaged sled takes the rest of its log for unwritten and **reuses
@@ -95,11 +119,20 @@ fn probe(file: &Path) -> Result<(), Failure> {
 /// that records are missing salvages the copy ([`forget_copy`] otherwise). A larger one is not: its loss is found out and reported, and
 /// what sled cut off is gone.
 fn keep_copy(dir: &Path) -> Result<(), Failure> {
-    let length = dir.join("db").metadata().map_err(Failure::io)?.len();
+    let length = dir.join(FILE).metadata().map_err(Failure::io)?.len();
     if length <= COPY_MAX {
-        // A full disk must not keep the outbox from opening: then there is no copy.
-        if std::fs::copy(dir.join("db"), dir.join(COPY)).is_err() {
-            let _ = std::fs::remove_file(dir.join(COPY));
+        let (copy, new) = (dir.join(COPY), dir.join("db.copying"));
+        // One that is there is from an open that did not end well: the file may have lost what it has.
+        if copy.exists() {
+            return Ok(());
+        }
+        // A full disk must not keep the outbox from opening, and a copy must not fill it: then there is none.
+        let stat = nix::sys::statvfs::statvfs(dir).map_err(Failure::io)?;
+        if stat.blocks_available() * stat.fragment_size() < 2 * length {
+            return Ok(());
+        }
+        if std::fs::copy(dir.join(FILE), &new).and_then(|_| std::fs::rename(&new, copy)).is_err() {
+            let _ = std::fs::remove_file(new);
         }
     }
     Ok(())
@@ -143,9 +176,11 @@ impl Kv for Sled {
         }
         guarded(|| self.db.apply_batch(batch))?;
         guarded(|| self.db.flush())?;
-        self.file.sync_data().map_err(Failure::io)?;
+        self.file.sync_data().map_err(|e| Failure::Sync(e.to_string().into()))?;
         if self.blobs.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
-            return Err(Failure::Io("sled wrote a file into blobs/, which it never syncs".into()));
+            let text = "sled wrote a file into blobs/, which it never syncs: stop the appliance, `dealscale outbox export`, \
+                        move the folder away and `import`";
+            return Err(Failure::Io(text.into()));
         }
         Ok(())
     }

@@ -6,6 +6,8 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 
 use super::{Entry, Failure, Kv, Tree, Write, sync_dir};
 
+pub const FILE: &str = "outbox.sqlite";
+
 pub struct Sqlite {
     db: Connection,
 }
@@ -13,13 +15,18 @@ pub struct Sqlite {
 fn failure(error: rusqlite::Error) -> Failure {
     match error.sqlite_error_code() {
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Failure::Corrupt(error.to_string().into()),
+        Some(ErrorCode::SystemIoFailure)
+            if error.sqlite_error().is_some_and(|e| e.extended_code == rusqlite::ffi::SQLITE_IOERR_FSYNC) =>
+        {
+            Failure::Sync(error.to_string().into())
+        }
         _ => Failure::io(error),
     }
 }
 
 impl Sqlite {
     pub fn open(dir: &Path) -> Result<Self, Failure> {
-        let db = Connection::open(dir.join("outbox.sqlite")).map_err(failure)?;
+        let db = Connection::open(dir.join(FILE)).map_err(failure)?;
         // Large pages, so that a value lies in one piece, where a salvage finds it.
         db.execute_batch(
             "PRAGMA page_size = 65536; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA cache_size = -16384;

@@ -187,7 +187,8 @@ async fn a_server_that_may_lose_commits_is_refused() {
         let cluster = own(setting).await;
         let store = open(&cluster.url(), "ledger", None, Clock::System, None).await.unwrap();
         let error = store.admit(vec![event(&Clock::System, "acme", b"x")]).await.unwrap_err();
-        assert!(!error.is_transient() && error.to_string().contains(fix), "{error}");
+        assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains(fix), "{error}");
+        assert!(!store.status().await.reachable);
     }
 }
 
@@ -213,7 +214,160 @@ async fn appliances_that_start_at_once_migrate_once() {
     cluster.psql("UPDATE together.format SET oldest_reader = 99");
     let store = open(&cluster.url(), "together", None, Clock::System, None).await.unwrap();
     let error = store.admit(vec![event(&Clock::System, "acme", b"y")]).await.unwrap_err();
-    assert!(!error.is_transient() && error.to_string().contains("newer release"), "{error}");
+    assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains("newer release"), "{error}");
+    // Or it is another environment's.
+    cluster.psql("UPDATE together.format SET oldest_reader = 1, environment = 'staging'");
+    let store = open(&cluster.url(), "together", None, Clock::System, None).await.unwrap();
+    let error = store.admit(vec![event(&Clock::System, "acme", b"y")]).await.unwrap_err();
+    let words = "belongs to environment staging, and this is production";
+    assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains(words), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_key_or_encoding_is_found_before_anything_is_written() {
+    let cluster = tokio::task::spawn_blocking(Cluster::shared).await.unwrap();
+    let one = event(&Clock::System, "acme", b"x");
+    let store = open(&cluster.url(), "keyed", Some("a1"), Clock::System, None).await.unwrap();
+    store.admit(vec![one.clone()]).await.unwrap();
+    for (key, words) in [(Some("a2"), "another encryption key"), (None, "encryption_key is not set")] {
+        let store = open(&cluster.url(), "keyed", key, Clock::System, None).await.unwrap();
+        let error = store.admit(vec![event(&Clock::System, "acme", b"y")]).await.unwrap_err();
+        assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains(words), "{error}");
+    }
+    assert_eq!(cluster.psql("SELECT count(*) FROM keyed.events").1, "1");
+    assert_eq!(store.load(vec![one.key()]).await.unwrap(), [Some(one)]);
+    cluster.psql("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0");
+    let url = cluster.url().replace("/postgres", "/latin");
+    let store = open(&url, "ledger", None, Clock::System, None).await.unwrap();
+    let error = store.admit(vec![event(&Clock::System, "acme", b"y")]).await.unwrap_err();
+    assert!(matches!(error, Error::Unusable(_)) && error.to_string().contains("ENCODING 'UTF8'"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_only_reads_is_left_for_one_that_writes() {
+    let cluster = own(&[]).await;
+    let store = open(&cluster.url(), "ledger", None, Clock::System, None).await.unwrap();
+    store.admit(vec![event(&Clock::System, "acme", b"x")]).await.unwrap();
+    let backends = || cluster.psql("SELECT pid FROM pg_stat_activity WHERE application_name = 'dealscale'").1;
+    let before = backends();
+    // What a failover leaves behind where it does not cut connections.
+    cluster.psql("ALTER SYSTEM SET default_transaction_read_only = on");
+    cluster.psql("SELECT pg_reload_conf()");
+    let one = event(&Clock::System, "acme", b"y");
+    let error = loop {
+        // The reload arrives a moment later.
+        if let Err(error) = store.admit(vec![event(&Clock::System, "acme", b"z")]).await {
+            break error;
+        }
+    };
+    assert!(error.is_transient() && error.to_string().contains("standby"), "{error}");
+    let begin = std::time::Instant::now();
+    while !before.is_empty() && backends().lines().any(|pid| before.lines().any(|old| old == pid)) {
+        assert!(begin.elapsed() < Duration::from_secs(30), "the connection is kept");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(!store.status().await.reachable);
+    assert!(cluster.psql("ALTER SYSTEM RESET default_transaction_read_only").0);
+    cluster.psql("SELECT pg_reload_conf()");
+    assert!(matches!(insist(|| store.admit(vec![one.clone()])).await[..], [Admitted::New | Admitted::Same { .. }]));
+    assert!(store.status().await.reachable);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commits_stay_durable_when_the_server_is_configured_otherwise() {
+    let cluster = own(&[]).await;
+    let url = Secret::new(cluster.url());
+    let options = dealscale::postgres::Options {
+        url: &url,
+        ca_file: None,
+        schema: None,
+        connections_max: 1,
+        connect_timeout: Span::secs(3),
+        statement_timeout: Span::secs(10),
+        durable: true,
+    };
+    let pool = dealscale::postgres::Pool::new(&options).unwrap();
+    let client = pool.get().await.unwrap();
+    // Something that a reload does change, to see that it has arrived.
+    for setting in ["ALTER SYSTEM SET synchronous_commit = off", "ALTER SYSTEM SET log_min_duration_statement = 77"] {
+        assert!(cluster.psql(setting).0);
+    }
+    cluster.psql("SELECT pg_reload_conf()");
+    loop {
+        let shown = client
+            .query_one(
+                "SELECT current_setting('log_min_duration_statement'), current_setting('synchronous_commit')",
+                &[],
+            )
+            .await
+            .unwrap();
+        assert_eq!(shown.get::<_, &str>(1), "on");
+        if shown.get::<_, &str>(0) == "77ms" {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(client);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_that_went_away_holds_up_nobody() {
+    let cluster = own(&[]).await;
+    let store = open(&cluster.url(), "ledger", None, Clock::System, None).await.unwrap();
+    let event = event(&Clock::System, "acme", b"x");
+    store.admit(vec![event.clone()]).await.unwrap();
+    let (locker, connection) = tokio_postgres::connect(&cluster.url(), tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    locker.batch_execute("BEGIN; LOCK TABLE ledger.events IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let key = event.key();
+    for _ in 0..6 {
+        let gave_up = tokio::time::timeout(Duration::from_millis(100), store.get(&key, false)).await;
+        assert!(gave_up.is_err());
+    }
+    // Every connection of the pool would stand behind such a statement, until the server ends it after ten seconds.
+    let other = tokio::time::timeout(Duration::from_secs(6), store.rejected(1)).await;
+    assert!(matches!(other, Ok(Ok(_))), "{other:?}");
+    locker.batch_execute("ROLLBACK").await.unwrap();
+    assert!(insist(|| store.get(&key, false)).await.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn collecting_reads_only_what_is_old() {
+    let cluster = own(&[]).await;
+    let store = open(&cluster.url(), "ledger", None, Clock::System, None).await.unwrap();
+    let done = |n: u16| {
+        let mut event = event(&Clock::System, "acme", &n.to_be_bytes());
+        event.envelope.content = dealscale::event::Content::Done {
+            state: State::Succeeded,
+            status: Some(200),
+            started_at: Clock::System.now(),
+            duration_ms: 1,
+            error: None,
+            n8n_execution_id: None,
+        };
+        event
+    };
+    store.admit((0..2000).map(done).collect()).await.unwrap();
+    // Two of them are past their age.
+    let (changed, text) = cluster.psql("UPDATE ledger.events SET phase_at = 0 WHERE seq <= 2; SELECT pg_stat_reset()");
+    assert!(changed, "{text}");
+    for _ in 0..10 {
+        store.collect(500).await.unwrap();
+    }
+    assert_eq!(cluster.psql("SELECT count(*) FROM ledger.events").1, "1998");
+    store.close().await;
+    let sql = "SELECT idx_tup_fetch, seq_tup_read FROM pg_stat_user_tables WHERE schemaname = 'ledger' AND relname = 'events'";
+    let found = loop {
+        // The statistics arrive with the end of the session.
+        let (_, found) = cluster.psql(sql);
+        if found != "0|0" {
+            break found;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    let read: u64 = found.split('|').map(|n| n.parse::<u64>().unwrap()).sum();
+    // The count above read all rows once. Ten rounds that look at each complete event would read 20,000.
+    assert!(read < 2500, "{found}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

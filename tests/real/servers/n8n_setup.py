@@ -3,13 +3,15 @@
 
     n8n_setup.py --url URL --state DIR [--bridge URL] [--bridge-token-file F] [--webhook-secret-file F]
                  [--oauth-token-url URL --oauth-client-id ID --oauth-client-secret-file F [--oauth-scope S]]
-                 [--templates DIR]...
+                 [--credentials-file F] [--templates DIR]... [--overwrite]
 
-Can be run again: what exists is brought up to date, by name. No secret is printed; DIR gets
+Can be run again: what exists is brought up to date, by name. A workflow that was changed in n8n since it was imported, or
+that was there before, is somebody's work: it is kept and named (`--overwrite` replaces it). No secret is printed; DIR gets
 
     owner.json      e-mail and password of the owner that was made here (mode 600)
     api-key         key of n8n's public API (mode 600)
     workflows.json  name of each imported workflow -> its id
+    versions.json   id of each imported workflow -> n8n's id of the version that was imported
 
 With N8N_API_KEY in the environment no owner is made and that key is used: for an n8n that somebody else runs.
 Only Python's standard library is used.
@@ -172,6 +174,9 @@ def credentials(n8n, args):
             "sendAdditionalBodyProperties": bool(args.oauth_body),
             **({"additionalBodyProperties": args.oauth_body} if args.oauth_body else {}),
         })
+    if args.credentials_file:
+        for item in json.loads(pathlib.Path(args.credentials_file).read_text()):
+            wanted[item["name"]] = (item["type"], item["data"])
     ids = {item["name"]: item["id"] for item in n8n.all("/api/v1/credentials")}
     for name, (kind, data) in wanted.items():
         body = {"name": name, "type": kind, "data": data}
@@ -218,11 +223,29 @@ def import_order(workflow):
     return (workflow["name"] != ON_ERROR, refers, workflow["name"])
 
 
+def work(workflow):
+    """What a workflow does, without what differs between installations: to see whether somebody changed it."""
+    nodes = {}
+    for node in workflow["nodes"]:
+        parameters = dict(node["parameters"])
+        url = parameters.get("url")
+        if isinstance(url, str) and url.endswith("/pulsar/publish"):
+            parameters["url"] = "/pulsar/publish"
+        if isinstance(parameters.get("workflowId"), dict):
+            parameters["workflowId"] = parameters["workflowId"].get("cachedResultName")
+        names = sorted(credential["name"] for credential in node.get("credentials", {}).values())
+        nodes[node["name"]] = [node["type"], node["typeVersion"], parameters, names, bool(node.get("disabled"))]
+    return json.dumps([nodes, workflow["connections"]], sort_keys=True)
+
+
 def templates(n8n, args, credential_ids, state):
-    ids = {}
+    there = {}
     for item in n8n.all("/api/v1/workflows"):
         if not item.get("isArchived"):
-            ids.setdefault(item["name"], item["id"])
+            there.setdefault(item["name"], item)
+    ids = {name: item["id"] for name, item in there.items()}
+    versions_file = state / "versions.json"
+    versions = json.loads(versions_file.read_text()) if versions_file.exists() else {}
     loaded = []
     for folder in args.templates or [TEMPLATES]:
         loaded += [json.loads(path.read_text()) for path in sorted(pathlib.Path(folder).glob("*.json"))]
@@ -230,17 +253,27 @@ def templates(n8n, args, credential_ids, state):
     for workflow in sorted(loaded, key=import_order):
         name = workflow["name"]
         missing = adapt(workflow, args.bridge.rstrip("/"), credential_ids, ids)
+        old = there.get(name)
+        if old and not args.overwrite and old["versionId"] != versions.get(ids[name]) and work(old) != work(workflow):
+            imported[name] = ids[name]
+            state_now = "active" if old["active"] else "not active"
+            print(f"   {name}: differs from the template, and is kept as it is ({state_now}); renamed in n8n, it makes room")
+            continue
         if name in ids:
             n8n.call("PUT", f"/api/v1/workflows/{ids[name]}", workflow)
         else:
             _, made = n8n.call("POST", "/api/v1/workflows", workflow)
             ids[name] = made["id"]
         imported[name] = ids[name]
+        if not missing:
+            n8n.call("POST", f"/api/v1/workflows/{ids[name]}/activate")
+        _, now = n8n.call("GET", f"/api/v1/workflows/{ids[name]}")
+        versions[ids[name]] = now["versionId"]
+        versions_file.write_text(json.dumps(versions, indent=2) + "\n")
         if missing:
             print(f"   {name}: imported, not activated (credential {', '.join(sorted(missing))} is not set up)")
-            continue
-        n8n.call("POST", f"/api/v1/workflows/{ids[name]}/activate")
-        print(f"   {name}: imported and active")
+        else:
+            print(f"   {name}: imported and active")
     (state / "workflows.json").write_text(json.dumps(imported, indent=2) + "\n")
 
 
@@ -257,6 +290,8 @@ def main():
     parser.add_argument("--oauth-scope", default="")
     parser.add_argument("--oauth-body", default="", help="further properties of the token request, as a JSON object")
     parser.add_argument("--oauth-in-body", action="store_true", help="client id and secret in the body of the request")
+    parser.add_argument("--credentials-file", help='more credentials: JSON, [{"name", "type", "data"}, …]')
+    parser.add_argument("--overwrite", action="store_true", help="also replace workflows that were changed in n8n")
     parser.add_argument("--templates", action="append", type=pathlib.Path)
     args = parser.parse_args()
     args.state.mkdir(mode=0o700, parents=True, exist_ok=True)

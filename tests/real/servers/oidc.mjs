@@ -4,7 +4,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { generateKeyPairSync, randomUUID } from 'node:crypto';
 import Provider from 'oidc-provider';
 
-const { PORT, STATE, CLIENT_SECRET, AUDIENCE, ROTATE } = process.env;
+const { PORT, STATE, CLIENT_SECRET, AUDIENCE, ROTATE, TTL } = process.env;
 const file = `${STATE}/keys.json`;
 
 let keys = [];
@@ -16,14 +16,18 @@ if (!keys.length || ROTATE) {
   writeFileSync(file, JSON.stringify(keys), { mode: 0o600 });
 }
 
+const client = (client_id) => ({
+  client_id, client_secret: CLIENT_SECRET, grant_types: ['client_credentials'], redirect_uris: [], response_types: [],
+  scope: 'publish read operate',
+});
 const provider = new Provider(`http://127.0.0.1:${PORT}`, {
-  clients: [{
-    client_id: 'n8n', client_secret: CLIENT_SECRET, grant_types: ['client_credentials'], redirect_uris: [], response_types: [],
-    scope: 'publish read operate',
-  }],
+  clients: [client('n8n'), client('short-lived')],
   jwks: { keys },
   scopes: ['publish', 'read', 'operate'],
-  ttl: { ClientCredentials: 600 },
+  // Pulsar's own tokens are to run out while a test lasts.
+  ttl: { ClientCredentials: (_ctx, _token, { clientId }) => (clientId === 'short-lived' ? 5 : Number(TTL)) },
+  // Pulsar wants `nbf`, which RFC 9068 leaves open.
+  formats: { customizers: { jwt: (_ctx, _token, jwt) => { jwt.payload.nbf = jwt.payload.iat; } } },
   features: {
     devInteractions: { enabled: false },
     clientCredentials: { enabled: true },

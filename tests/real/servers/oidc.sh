@@ -4,6 +4,7 @@
 #   oidc.sh install | start | stop | kill
 #   oidc.sh env                      OIDC_ISSUER, OIDC_CLIENT_ID, OIDC_CLIENT_SECRET, OIDC_AUDIENCE
 #   oidc.sh token [SCOPE] [AUDIENCE] an access token (RS256 JWT, RFC 9068), printed
+#   OIDC_TTL=SECONDS oidc.sh start   its access tokens live that long (600)
 #   oidc.sh rotate                   the server again with a new signing key (the old one stays in the key set)
 #
 # By environment: OIDC_STATE (default .state/oidc of the checkout), OIDC_PORT (default 21380).
@@ -39,9 +40,8 @@ start() {
   [ -s "$OIDC_STATE/secret" ] || head -c 24 /dev/urandom | base64 | tr '+/' '-_' >"$OIDC_STATE/secret"
   # The module's folder has its dependencies beside it, wherever this checkout lies.
   cp oidc.mjs "$OIDC_DIR/server.mjs"
-  PORT=$OIDC_PORT STATE=$OIDC_STATE AUDIENCE=$OIDC_AUDIENCE ROTATE=${ROTATE:-} CLIENT_SECRET=$(cat "$OIDC_STATE/secret") \
-    setsid "$NODE_BIN/node" "$OIDC_DIR/server.mjs" >>"$OIDC_STATE/oidc.log" 2>&1 </dev/null &
-  remember $! "$PIDFILE"
+  PORT=$OIDC_PORT STATE=$OIDC_STATE AUDIENCE=$OIDC_AUDIENCE ROTATE=${ROTATE:-} TTL=${OIDC_TTL:-600} \
+    CLIENT_SECRET=$(cat "$OIDC_STATE/secret") launch "$PIDFILE" "$OIDC_STATE/oidc.log" "$NODE_BIN/node" "$OIDC_DIR/server.mjs"
   wait_http "$OIDC_ISSUER/.well-known/openid-configuration" 30 "$PIDFILE" || die "it did not start; see $OIDC_STATE/oidc.log"
 }
 

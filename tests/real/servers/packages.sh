@@ -1,7 +1,7 @@
 #!/bin/bash
 # What the build and the tests need of the system, installed only where it is missing.
 #
-#   packages.sh [GROUP...]     groups: build test n8n postgres pulsar lint deb host   (default: build test)
+#   packages.sh [GROUP...]     groups: build test n8n postgres pulsar otlp lint deb host   (default: build test)
 #
 # Debian 12 or 13 with apt-get, root or sudo. The Rust toolchain comes from rustup when `cargo` is missing.
 set -euo pipefail
@@ -16,6 +16,7 @@ declare -A PACKAGES=(
   [n8n]="ca-certificates curl python3 g++ make procps"   # the compiler builds n8n's SQLite driver
   [postgres]="postgresql-15"
   [pulsar]="curl openssl maven openjdk-17-jre-headless python3-venv"
+  [otlp]="curl python3 python3-venv"
   [lint]="python3 python3-venv"
   [deb]="dpkg-dev debhelper fakeroot lintian apt-utils gnupg"
   [host]="mmdebstrap python3 iproute2 util-linux"
@@ -50,13 +51,25 @@ install_packages() {
   [ ${#wanted[@]} -gt 0 ] || return 0
   mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | sort -u)
   command -v apt-get >/dev/null || die "please install: ${wanted[*]} (there is no apt-get here)"
-  say "installing Debian packages: ${wanted[*]}"
-  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -qq)
-  # The lists are old or absent on a fresh machine; a second try follows an update.
-  if ! as_root "${apt[@]}" install -y --no-install-recommends "${wanted[@]}" </dev/null >/dev/null 2>&1; then
-    as_root "${apt[@]}" update </dev/null
-    as_root "${apt[@]}" install -y --no-install-recommends "${wanted[@]}" </dev/null >/dev/null
+  if [ "$(id -u)" != 0 ] && ! { command -v sudo >/dev/null && sudo -v; }; then
+    die "these Debian packages are missing, and installing them needs root (there is no sudo, or it refused). As root run:
+  apt-get update && apt-get install -y --no-install-recommends ${wanted[*]}
+and then the same command again"
   fi
+  say "installing Debian packages: ${wanted[*]}"
+  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
+  # The lists are absent on a fresh machine, or too old: a second try follows an update.
+  if ! compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; then as_root "${apt[@]}" -qq update </dev/null; fi
+  install_wanted && return 0
+  say "once more, with new package lists"
+  as_root "${apt[@]}" -qq update </dev/null
+  install_wanted || die "apt-get could not install: ${wanted[*]}"
+}
+
+# One line per package that is fetched or set up; errors as they are. Of `install_packages`.
+install_wanted() {
+  as_root "${apt[@]}" -q install -y --no-install-recommends "${wanted[@]}" </dev/null |
+    { grep --line-buffered -E '^(Get:|Setting up|E:)' || true; } | cut -c1-100 | sed -u 's/^/   /' >&2
 }
 
 # Debian 12's own Rust is too old for edition 2024.
