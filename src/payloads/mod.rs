@@ -46,6 +46,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes as Body;
 use serde::{Deserialize, Serialize};
+use tokio_util::task::TaskTracker;
 
 use self::codec::{Codec, Columns, Unreadable};
 use self::postgres::Postgres;
@@ -309,7 +310,8 @@ const WRITES: [&str; 3] = ["admit", "claim", "apply"];
 struct Counts {
     at: Instant,
     took: Duration,
-    states: BTreeMap<String, u64>,
+    /// `None`: they could not be counted.
+    states: Option<BTreeMap<String, u64>>,
 }
 
 /// Counting reads the whole ledger: not more often than this, and never more than a twentieth of the time.
@@ -335,8 +337,8 @@ impl Shared {
                 let cause = error.to_string();
                 health.last_error = Some(cause.clone());
                 match error {
-                    Error::Store { .. } if writes => health.held = true,
-                    Error::Unreachable(_) => {}
+                    Error::Store { .. } | Error::Unusable(_) if writes => health.held = true,
+                    Error::Unreachable(_) | Error::Unusable(_) => {}
                     // One call's affair.
                     Error::Store { .. } | Error::Refused(_) => return result,
                 }

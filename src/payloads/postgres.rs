@@ -6,7 +6,8 @@
 //!
 //! # Invariants
 //! 1. All decisions are made inside the statement that acts on them: between two appliances only one wins.
-//! 2. `now` is the database's (`clock_timestamp()`), read once per statement; only a test's manual clock replaces it.
+//! 2. `now` is the database's (`clock_timestamp()`), read once per statement in a CTE; only a test's manual clock replaces it.
+//!    A comparison with it in place would ask the clock again for each row, and could use no index.
 //! 3. A statement that knows the keys of its rows reads those rows and no others, however long the backlog is (`phase + 0`
 //!    and `tenant || ''` leave the planner no other way than the key's index: statements are planned while the tables are
 //!    empty, when all ways look alike).
@@ -637,12 +638,12 @@ impl Postgres {
     }
 
     pub async fn list(&self, query: Query) -> Result<Vec<Columns>, Error> {
-        let rows = self.query("list the ledger", &query.sql, &params(&query.values)).await?;
+        let rows = self.query_once("list the ledger", &query.sql, &params(&query.values)).await?;
         Ok(rows.iter().map(columns_of).collect())
     }
 
     pub async fn count(&self, query: Query) -> Result<u64, Error> {
-        let rows = self.query("count in the ledger", &query.sql, &params(&query.values)).await?;
+        let rows = self.query_once("count in the ledger", &query.sql, &params(&query.values)).await?;
         Ok(rows.first().map_or(0, |row| row.get::<_, i64>(0)).max(0) as u64)
     }
 
@@ -762,8 +763,8 @@ impl Postgres {
         const DOING: &str = "collect what is past its age";
         let picked = |phase: i16| {
             format!(
-                "WITH old AS MATERIALIZED (SELECT seq, id, tenant FROM events WHERE phase = {phase} AND phase_at <= {NOW} - $2::bigint \
-                 ORDER BY phase_at LIMIT $3 FOR UPDATE SKIP LOCKED), "
+                "WITH t AS MATERIALIZED (SELECT {NOW} - $2::bigint AS before), old AS MATERIALIZED ( \
+                 SELECT seq, id, tenant FROM events WHERE phase = {phase} AND phase_at <= (SELECT before FROM t) ORDER BY phase_at LIMIT $3 FOR UPDATE SKIP LOCKED), "
             )
         };
         let payloads = format!(
@@ -777,8 +778,8 @@ impl Postgres {
             picked(codec::COLLECTED)
         );
         let rejected = format!(
-            "DELETE FROM rejected r USING (SELECT topic, message_id FROM rejected WHERE at <= {NOW} - $2::bigint ORDER BY at LIMIT $3) \
-             AS old WHERE r.topic = old.topic AND r.message_id = old.message_id RETURNING 1"
+            "WITH t AS MATERIALIZED (SELECT {NOW} - $2::bigint AS before) DELETE FROM rejected r USING ( \
+             SELECT topic, message_id FROM rejected WHERE at <= (SELECT before FROM t) ORDER BY at LIMIT $3) AS old WHERE r.topic = old.topic AND r.message_id = old.message_id RETURNING 1"
         );
         let limit = limit as i64;
         let payload_age = self.shared.payload_age_max.as_millis();
@@ -798,7 +799,7 @@ impl Postgres {
 
 /// One transaction; the keys that were added.
 async fn insert(
-    client: &mut Client,
+    client: &mut Lease,
     chunks: &[Vec<&NewRow>],
     now: Option<i64>,
 ) -> Result<HashMap<(Uuid, String), ()>, Fault> {

@@ -41,6 +41,8 @@ const READERS: usize = 4;
 /// Pages of the log (16 MiB) after which a commit copies it into the file. An event's row is written three times; the longer
 /// the log, the more of that is one write.
 const CHECKPOINT_PAGES: u32 = 4096;
+/// Bodies that one transaction of the collection frees: it looks at each of their pages, and nobody else writes meanwhile.
+const COLLECT_BYTES: i64 = 32 << 20;
 /// Free pages (64 MiB) that collection leaves for reuse.
 const FREE_PAGES_KEPT: i64 = 16_384;
 
@@ -457,22 +459,35 @@ impl Sqlite {
         let (now, limit) = (self.now(), limit as i64);
         let payloads_before = now - self.shared.payload_age_max.as_millis();
         let rows_before = now - self.shared.ledger_age_max.as_millis();
-        let collected = self
+        let mut payloads = 0;
+        loop {
+            let (found, freed) = self
+                .write("collect what is past its age", move |db| {
+                    // An event that is complete has a payload of its own to free; what follows the first goes as far as it fits.
+                    let mut bytes = 0;
+                    let mut fit = old(db, codec::COMPLETE, payloads_before, limit - payloads)?;
+                    let found = fit.len() as i64;
+                    fit.retain(|(_, body)| {
+                        let first = bytes == 0;
+                        bytes += body;
+                        first || bytes <= COLLECT_BYTES
+                    });
+                    for (seq, _) in &fit {
+                        db.prepare_cached("UPDATE contents SET body = NULL WHERE seq = ?1")?.execute([seq])?;
+                        db.prepare_cached("UPDATE events SET phase = 2 WHERE seq = ?1")?.execute([seq])?;
+                    }
+                    Ok((found, fit.len() as i64))
+                })
+                .await?;
+            payloads += freed;
+            if freed == found {
+                break;
+            }
+        }
+        let (rows, rejected) = self
             .write("collect what is past its age", move |db| {
-                let old = |phase: i16, before: i64| -> Result<Vec<i64>, Fault> {
-                    let mut statement = db.prepare_cached(
-                        "SELECT seq FROM events WHERE phase = ?1 AND phase_at <= ?2 ORDER BY phase_at LIMIT ?3",
-                    )?;
-                    let found = statement.query_map(params![phase, before, limit], |row| row.get(0))?;
-                    Ok(found.collect::<Result<_, _>>()?)
-                };
-                let payloads = old(codec::COMPLETE, payloads_before)?;
-                for seq in &payloads {
-                    db.prepare_cached("UPDATE contents SET body = NULL WHERE seq = ?1")?.execute([seq])?;
-                    db.prepare_cached("UPDATE events SET phase = 2 WHERE seq = ?1")?.execute([seq])?;
-                }
-                let rows = old(codec::COLLECTED, rows_before)?;
-                for seq in &rows {
+                let rows = old(db, codec::COLLECTED, rows_before, limit)?;
+                for (seq, _) in &rows {
                     db.prepare_cached("DELETE FROM contents WHERE seq = ?1")?.execute([seq])?;
                     db.prepare_cached("DELETE FROM events WHERE seq = ?1")?.execute([seq])?;
                 }
@@ -482,9 +497,10 @@ impl Sqlite {
                          (SELECT topic, message_id FROM rejected WHERE at <= ?1 ORDER BY at LIMIT ?2)",
                     )?
                     .execute(params![rows_before, limit])?;
-                Ok((Collected { payloads: payloads.len() as u64, rows: rows.len() as u64 }, rejected as u64))
+                Ok((rows.len() as u64, rejected as u64))
             })
             .await?;
+        let collected = (Collected { payloads: payloads as u64, rows }, rejected);
         if collected.0.payloads > 0 || collected.0.rows > 0 {
             self.write("give back free pages", |db| {
                 let free: i64 = db.query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
@@ -1025,6 +1041,15 @@ fn apply(db: &Connection, step: &Step, now: i64) -> Result<bool, Fault> {
         }
     }
     Ok(true)
+}
+
+/// Rows of a phase that are past their age, the oldest first, and the size of their bodies.
+fn old(db: &Connection, phase: i16, before: i64, limit: i64) -> rusqlite::Result<Vec<(i64, i64)>> {
+    db.prepare_cached(
+        "SELECT seq, body_bytes FROM events WHERE phase = ?1 AND phase_at <= ?2 ORDER BY phase_at LIMIT ?3",
+    )?
+    .query_map(params![phase, before, limit], |row| Ok((row.get(0)?, row.get(1)?)))?
+    .collect()
 }
 
 /// Ends a row that nobody holds.

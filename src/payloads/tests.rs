@@ -171,6 +171,23 @@ async fn files_that_cannot_be_used_say_why() {
 }
 
 #[tokio::test]
+async fn a_count_that_nobody_waits_for_any_more_serves_the_next() {
+    let (w, _dir) = world_with(None).await;
+    w.admitted("acme", b"x").await;
+    // As long as counting lasts.
+    let counting = w.store.shared.counts.lock().await;
+    let status = w.store.status().await;
+    assert!(status.reachable && status.states.is_empty(), "{status:?}");
+    drop(counting);
+    let end = Instant::now() + Duration::from_secs(60);
+    while w.store.shared.counts.lock().await.is_none() {
+        assert!(Instant::now() < end, "the count was given up with its caller");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(w.store.status().await.states, BTreeMap::from([("relayed".to_owned(), 1)]));
+}
+
+#[tokio::test]
 async fn a_full_disk_fails_whole_and_passes() {
     let (w, dir) = world_with(None).await;
     let file = dir.join("state/payloads.sqlite");
@@ -185,6 +202,23 @@ async fn a_full_disk_fails_whole_and_passes() {
     w.store.limit_pages(1 << 20).await;
     assert_eq!(w.store.admit(vec![small, large]).await.unwrap(), [Admitted::New, Admitted::New]);
     assert!(file.exists());
+}
+
+#[tokio::test]
+async fn large_payloads_are_collected_in_bites_and_all_of_them() {
+    let (w, dir) = world_with(None).await;
+    let big = vec![7u8; 20 << 20];
+    let events: Vec<_> = [&big[..], &big, b"small", &big, b""].map(|body| event(&w, body)).into();
+    for event in &events {
+        w.store.admit(vec![event.clone()]).await.unwrap();
+        w.finished(event, State::Delivered).await;
+    }
+    w.clock.step(PAYLOAD_AGE.as_millis());
+    assert_eq!(w.store.collect(500).await.unwrap(), Collected { payloads: 5, rows: 0 });
+    assert_eq!(w.store.collect(500).await.unwrap(), Collected::default());
+    let db = rusqlite::Connection::open(dir.join("state/payloads.sqlite")).unwrap();
+    let kept: i64 = db.query_row("SELECT count(*) FROM contents WHERE body IS NOT NULL", [], |row| row.get(0)).unwrap();
+    assert_eq!(kept, 0);
 }
 
 fn event(w: &World, body: &[u8]) -> Event {

@@ -4,10 +4,11 @@
 
 -- The moving part of the ledger. The columns mean what they mean in ../sqlite/V1__ledger.sql.
 -- fillfactor leaves room for claim and begin as heap-only updates: they touch no indexed column.
+-- The collation of tenant lets a pattern (LIKE 'acme-%') use its index, whatever the database's own is.
 CREATE TABLE events (
   seq BIGINT GENERATED ALWAYS AS IDENTITY,
   id UUID NOT NULL,
-  tenant TEXT NOT NULL,
+  tenant TEXT COLLATE "C" NOT NULL,
   body_hash BYTEA NOT NULL,
   body_bytes BIGINT NOT NULL,
   workflow TEXT,

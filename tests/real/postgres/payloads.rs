@@ -332,6 +332,44 @@ async fn a_caller_that_went_away_holds_up_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn collecting_reads_only_what_is_old() {
+    let cluster = own(&[]).await;
+    let store = open(&cluster.url(), "ledger", None, Clock::System, None).await.unwrap();
+    let done = |n: u16| {
+        let mut event = event(&Clock::System, "acme", &n.to_be_bytes());
+        event.envelope.content = dealscale::event::Content::Done {
+            state: State::Succeeded,
+            status: Some(200),
+            started_at: Clock::System.now(),
+            duration_ms: 1,
+            error: None,
+            n8n_execution_id: None,
+        };
+        event
+    };
+    store.admit((0..2000).map(done).collect()).await.unwrap();
+    // Two of them are past their age.
+    let (changed, text) = cluster.psql("UPDATE ledger.events SET phase_at = 0 WHERE seq <= 2; SELECT pg_stat_reset()");
+    assert!(changed, "{text}");
+    for _ in 0..10 {
+        store.collect(500).await.unwrap();
+    }
+    assert_eq!(cluster.psql("SELECT count(*) FROM ledger.events").1, "1998");
+    store.close().await;
+    // Our own questions above go through no index.
+    let sql = "SELECT idx_tup_fetch FROM pg_stat_user_tables WHERE schemaname = 'ledger' AND relname = 'events'";
+    let read: u64 = loop {
+        // The statistics arrive with the end of the session.
+        match cluster.psql(sql).1.parse() {
+            Ok(0) | Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            Ok(read) => break read,
+        }
+    };
+    // Ten rounds that look at each complete event would read 20,000.
+    assert!(read < 100, "{read}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_role_that_may_only_use_the_tables_is_enough() {
     let cluster = tokio::task::spawn_blocking(Cluster::shared).await.unwrap();
     let store = open(&cluster.url(), "granted", None, Clock::System, None).await.unwrap();
