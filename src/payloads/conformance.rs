@@ -1,5 +1,5 @@
 //! What every payload store has to do, whichever database is behind it. `tests.rs` runs it on SQLite,
-//! `tests/real/payloads.rs` on PostgreSQL. The clock is one that the tests move.
+//! `tests/real/postgres/payloads.rs` on PostgreSQL. The clock is one that the tests move.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -70,6 +70,7 @@ macro_rules! conformance_tests {
             filters_select_and_hide
             rejected_messages_are_kept_once
             bodies_come_back_whole
+            strange_text_and_times_come_back
             status_counts_by_state
         }
     };
@@ -755,6 +756,58 @@ pub async fn bodies_come_back_whole(w: &World) {
     let takes = events.iter().map(|e| Take { request: request(e), begin: Some(attempt(&w.clock)) }).collect();
     let taken = w.store.claim_and_begin("a", takes, w.later(60)).await.unwrap();
     assert!(taken.iter().zip(&events).all(|(taken, event)| taken.body.as_ref() == Some(&event.body)));
+}
+
+pub async fn strange_text_and_times_come_back(w: &World) {
+    let bodies: [&[u8]; 4] = [
+        br#"{"nul":"\u0000","lone":"\ud800","a":1,"a":2,"big":1e999999,"digits":123456789012345678901234567890}"#,
+        b"{\"raw\":\"\0\"}",
+        "{\"\u{fffe}\":\"\u{10ffff}'; DROP TABLE events; --\"}".as_bytes(),
+        b"\xff\xfe",
+    ];
+    // The furthest times that RFC 3339 can say.
+    let times = ["0001-01-01T00:00:00Z", "9999-12-30T22:00:00Z", "1970-01-01T00:00:00Z", "2026-03-29T02:30:00+02:00"];
+    let mut events = Vec::new();
+    for (body, time) in bodies.into_iter().zip(times) {
+        let mut event = event(&w.clock, "acme", body);
+        event.envelope.deliver_at = Some(time.parse().unwrap());
+        event.envelope.metadata =
+            BTreeMap::from([("nul\0".into(), "\0\u{7f}\u{2028}".into()), (String::new(), String::new())]);
+        event.envelope.source_execution = Some("\0".into());
+        events.push(event);
+    }
+    assert_eq!(w.store.admit(events.clone()).await.unwrap(), vec![Admitted::New; 4]);
+    let keys: Vec<_> = events.iter().map(Event::key).collect();
+    assert!(w.store.load(keys.clone()).await.unwrap().into_iter().map(Option::unwrap).eq(events.clone()));
+    let row = w.store.get(&keys[1], true).await.unwrap().unwrap();
+    assert_eq!(row.next_at, events[1].envelope.deliver_at);
+    // What is long past is due, and only that.
+    let due = w.store.due(10).await.unwrap();
+    assert_eq!(due.len(), 3, "{due:?}");
+    assert!(w.store.due(10).await.unwrap().is_empty());
+    // What n8n and workers say may hold anything as well.
+    let token = w.granted("a", &events[0]).await;
+    let nul = || Some("a\0b".to_owned());
+    let said =
+        Attempt { error_class: nul(), error: nul(), n8n_execution_id: nul(), message_id: nul(), ..attempt(&w.clock) };
+    assert!(w.apply(&events[0], token, Change::Begin(said.clone())).await);
+    let end = Change::Finish {
+        attempt: Some(said.clone()),
+        state: State::Failed,
+        error_class: nul(),
+        error: nul(),
+        n8n_execution_id: nul(),
+    };
+    assert!(w.apply(&events[0], token, end).await);
+    let row = w.store.get(&keys[0], true).await.unwrap().unwrap();
+    assert_eq!((row.error, row.error_class.as_deref()), (nul(), Some("a\u{fffd}b")));
+    assert_eq!(row.history.last().unwrap().error, nul());
+    let ended = w.store.finish_external(&keys[2], State::Failed, said, nul()).await.unwrap();
+    assert_eq!(ended, Some(State::Failed));
+    let filter = Filter { error_class: nul(), limit: 10, ..Filter::default() };
+    assert_eq!(w.store.count(filter.clone()).await.unwrap(), 2);
+    let far = Filter { since: Some(Timestamp(i64::MIN)), until: Some(Timestamp(i64::MAX)), ..filter };
+    assert_eq!(w.store.list(far).await.unwrap().rows.len(), 2);
 }
 
 pub async fn status_counts_by_state(w: &World) {
