@@ -13,6 +13,7 @@ mod oidc;
 mod postgres;
 mod powercut;
 mod pulsar;
+mod pulsar_fleet;
 #[path = "../support/mod.rs"]
 mod shared;
 mod support;
