@@ -2,8 +2,9 @@
 //!
 //! The filter and the outputs are set once at the start; a reload changes the filter only.
 
-use std::io::IsTerminal;
+use std::io::{BufWriter, IsTerminal, Write};
 use std::str::FromStr;
+use std::time::Duration;
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
@@ -61,7 +62,7 @@ pub fn init(config: &Log) -> Result<Logs, String> {
     let (stderr, writer) = tracing_appender::non_blocking::NonBlockingBuilder::default()
         .lossy(false)
         .buffered_lines_limit(16_384)
-        .finish(std::io::stderr());
+        .finish(Bursts(BufWriter::new(std::io::stderr())));
     let mut writers = vec![writer];
     let output: Box<dyn Layer<_> + Send + Sync> = if journal {
         Box::new(Journal)
@@ -80,7 +81,7 @@ pub fn init(config: &Log) -> Result<Logs, String> {
                 .max_log_files(config.files_max as usize)
                 .build(dir)
                 .map_err(|e| format!("cannot write log files in {}: {e}", dir.display()))?;
-            let (writer, guard) = tracing_appender::non_blocking(appender);
+            let (writer, guard) = tracing_appender::non_blocking(Bursts(BufWriter::new(appender)));
             writers.push(guard);
             Some(tracing_subscriber::fmt::layer().json().flatten_event(true).with_ansi(false).with_writer(writer))
         }
@@ -92,6 +93,25 @@ pub fn init(config: &Log) -> Result<Logs, String> {
         .try_init()
         .map_err(|e| format!("cannot start logging: {e}"))?;
     Ok(Logs { filter: handle, _writers: writers })
+}
+
+/// The lines of a burst in one write. Its thread flushes when no line waits, and then rests for a moment: lines that come meanwhile
+/// need not wake it one by one. A lone line is written at once.
+struct Bursts<W: Write>(BufWriter<W>);
+
+/// Far below what a reader of logs notices.
+const REST: Duration = Duration::from_millis(2);
+
+impl<W: Write> Write for Bursts<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()?;
+        std::thread::sleep(REST);
+        Ok(())
+    }
 }
 
 /// systemd sets JOURNAL_STREAM to the device and inode of a service's standard error where that is the journal (systemd.exec(5)). A shell

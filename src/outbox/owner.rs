@@ -23,6 +23,10 @@ use crate::units::Bytes;
 
 /// Requests of one batch: bounds its latency and its memory.
 const BATCH_MAX: usize = 2_048;
+/// Where so many asked at once, others are about to: the owner waits a moment for them, so that they share a batch and its sync. A
+/// lone caller never waits.
+const GATHER_FROM: usize = 8;
+const GATHER: Duration = Duration::from_micros(500);
 /// How long the owner sleeps when nothing happens: leases and expired keys are looked after this often.
 const TICK: Duration = Duration::from_millis(500);
 
@@ -162,6 +166,7 @@ impl Owner {
         let mut engine = Some(engine);
         let mut failed: Option<Survives> = None;
         let (mut parked, mut disk) = (Parked::default(), DiskFree::new(self.dir.clone()));
+        let mut last = 0;
         loop {
             let wait = engine
                 .as_ref()
@@ -173,10 +178,14 @@ impl Owner {
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             let mut batch: Vec<Command> = first.into_iter().collect();
+            if last >= GATHER_FROM && !batch.is_empty() {
+                std::thread::sleep(GATHER);
+            }
             while batch.len() < BATCH_MAX {
                 let Ok(command) = self.commands.try_recv() else { break };
                 batch.push(command);
             }
+            last = batch.len();
             // A store that is gone is tried again once a tick, not once a request.
             if let Some(survives) = failed.as_mut().filter(|s| s.tried_at.elapsed() >= TICK) {
                 survives.tried_at = Instant::now();
