@@ -259,7 +259,7 @@ fn authority(webhook: &str) -> &str {
 
 /// Whether a header is made by HTTP or by delivery itself, and so is no place for a secret.
 fn is_own(header: &str) -> bool {
-    const HTTP: [&str; 11] = [
+    const OWN: [&str; 15] = [
         "connection",
         "content-length",
         "content-type",
@@ -271,9 +271,13 @@ fn is_own(header: &str) -> bool {
         "transfer-encoding",
         "upgrade",
         "traceparent",
+        "x-dealscale-attempt",
+        "x-dealscale-execution-id",
+        "x-dealscale-tenant",
+        "x-dealscale-workflow",
     ];
     let header = header.to_ascii_lowercase();
-    HTTP.contains(&header.as_str()) || header.starts_with("webhook-") || header.starts_with("x-dealscale-")
+    OWN.contains(&header.as_str()) || header.starts_with("webhook-")
 }
 
 impl WebhookAuth {
@@ -357,8 +361,14 @@ mod tests {
 
     #[test]
     fn a_secret_does_not_go_into_a_header_that_has_a_meaning_of_its_own() {
-        for (name, fine) in [("X-Key", true), ("Authorization", true), ("content-length", false), ("Webhook-Id", false)]
-        {
+        for (name, fine) in [
+            ("X-Key", true),
+            ("Authorization", true),
+            ("X-Dealscale-Secret", true),
+            ("X-Dealscale-Tenant", false),
+            ("content-length", false),
+            ("Webhook-Id", false),
+        ] {
             let auth = format!("webhook_auth = {{ kind = \"header\", name = \"{name}\", secret = \"s\" }}");
             assert_eq!(problems(&auth).is_empty(), fine, "{name}: {:?}", problems(&auth));
         }
