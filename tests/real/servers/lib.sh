@@ -84,14 +84,22 @@ running() {
   local pid start
   [ -s "$1" ] || return 1
   read -r pid start <"$1"
-  [ -n "${start:-}" ] && [ "$(started_at "$pid")" = "$start" ]
+  started_at "$pid"
+  [ -n "${start:-}" ] && [ "$STARTED" = "$start" ]
 }
 
-# Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat; the name in field 2 may hold spaces).
-started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
+# STARTED: start time of a process in clock ticks since boot (field 22 of /proc/PID/stat; the name in field 2 may hold spaces), empty when it is
+# gone. Without another process: Ctrl-C would end that one, and leave an id without its time.
+started_at() {
+  local stat=
+  STARTED=
+  { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 0
+  read -r -a stat <<<"${stat##*) }"
+  STARTED=${stat[19]:-}
+}
 
 # remember PID PIDFILE
-remember() { printf '%s %s\n' "$1" "$(started_at "$1")" >"$2"; }
+remember() { started_at "$1"; printf '%s %s\n' "$1" "$STARTED" >"$2"; }
 
 # Starts a program that stays, in a session of its own (Ctrl-C does not reach it), and writes down its id:
 #   launch PIDFILE LOG COMMAND...
