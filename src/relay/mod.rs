@@ -159,7 +159,9 @@ impl Inner {
         // Records still to be taken one by one, after the store refused a batch for one of them.
         let mut singly = 0usize;
         loop {
-            let count = if singly > 0 { 1 } else { LEASE_COUNT };
+            // While the store fails one record finds out whether it is back: reading a whole batch from the disk only to release it again
+            // would hold up the outbox's owner, and with it whoever publishes.
+            let count = if singly > 0 || pause.failures > 0 { 1 } else { LEASE_COUNT };
             let leased = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
