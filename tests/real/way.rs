@@ -141,7 +141,7 @@ fn a_thousand_events_survive_the_death_of_everything() {
             let Ok(page) = http(path.as_str(), &[], None) else { return count };
             assert_eq!(page.status, 200, "{}", page.text);
             count += page.json["executions"].as_array().map_or(0, Vec::len);
-            match page.json["next"].as_str() {
+            match page.json["next_cursor"].as_str() {
                 Some(next) => cursor = Some(next.to_owned()),
                 None => return count,
             }
